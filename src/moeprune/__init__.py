@@ -1,0 +1,1 @@
+"""Structural compression of Mixture-of-Experts language models."""
