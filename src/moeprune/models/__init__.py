@@ -1,0 +1,1 @@
+"""The only place that knows architectures: finding MoE layers, ragged experts, checkpoints."""

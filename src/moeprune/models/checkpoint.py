@@ -1,0 +1,127 @@
+"""Writes and reads compressed models: config, tokenizer, safetensors of the true shapes, and their structure as JSON.
+
+    config.json            the family's own config
+    structure.json         widths of the experts of each MoE layer, and which matrices are in four bits
+    model.safetensors      the weights
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from moeprune.errors import ModelError
+from moeprune.models.adapter import MoeLayer, keep_router_rows, moe_layers
+from moeprune.models.four_bit import FourBitWeights, stored_four_bit_linear
+from moeprune.models.ragged import PackedWeights, RaggedExperts
+
+STRUCTURE = "structure.json"
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How a compressed model differs from its family's: expert ``widths`` by layer name, and ``quantized``, the shapes
+    [out, in] of the matrices in four bits by module name."""
+
+    widths: Mapping[str, tuple[int, ...]]
+    quantized: Mapping[str, tuple[int, int]]
+
+
+def structure_of(model: nn.Module) -> Structure:
+    """The structure of a model in memory whose experts are ragged."""
+    quantized = {
+        name: tuple(module.quant_state.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, Linear4bit)
+    }
+    return Structure({layer.name: layer.widths for layer in moe_layers(model)}, quantized)
+
+
+def save_compressed(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype
+) -> None:
+    """Write a pruned, perhaps quantised model into an existing folder; unquantised weights in ``dtype``."""
+    structure = structure_of(model)
+    stored: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.numel() and tensor.data_ptr() in seen:
+            continue  # tied to a tensor that is stored already
+        seen.add(tensor.data_ptr())
+        stored[name] = tensor if _belongs_to_quantized(name, structure) else tensor.to(dtype)
+    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, folder / WEIGHTS, {"format": "pt"})
+    (folder / STRUCTURE).write_text(json.dumps(asdict(structure), indent=1))
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _belongs_to_quantized(name: str, structure: Structure) -> bool:
+    return any(name.startswith(f"{module}.weight") for module in structure.quantized)
+
+
+def load_compressed(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A model written by `save_compressed`, computing in ``dtype``, ready for inference.
+
+    Raises ModelError when files are missing, damaged, or do not fit each other.
+    """
+    try:
+        structure = json.loads((folder / STRUCTURE).read_text())
+        tensors = load_file(folder / WEIGHTS)
+        model = _empty_model(AutoConfig.from_pretrained(folder), dtype)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"The compressed model in {folder} is missing or damaged: {error}") from error
+    for layer in moe_layers(model):
+        in_four_bits = f"{layer.name}.weights.down.0" in structure["quantized"]
+        _make_ragged(model, layer, structure["widths"][layer.name], in_four_bits, dtype)
+    for name in structure["quantized"]:
+        model.set_submodule(name, stored_four_bit_linear(name, tensors, dtype))
+    plain = {name: tensor.to(dtype) for name, tensor in tensors.items() if not _in_any(name, structure["quantized"])}
+    missing, unexpected = model.load_state_dict(plain, strict=False, assign=True)
+    model.tie_weights()
+    absent = [name for name in missing if not _in_any(name, structure["quantized"]) and not _is_tied(model, name)]
+    if absent or unexpected:
+        raise ModelError(f"The weights in {folder} do not fit: missing {absent[:3]}, unexpected {unexpected[:3]}.")
+    return model.eval()
+
+
+def _in_any(name: str, modules: Mapping[str, object]) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+def _is_tied(model: PreTrainedModel, name: str) -> bool:
+    return name in (getattr(model, "_tied_weights_keys", None) or {}) and bool(model.config.tie_word_embeddings)
+
+
+def _empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The family's model without memory for its weights; buffers that checkpoints leave out are real."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for name, module in list(model.named_modules()):
+        if module is not model and any(True for _ in module.buffers(recurse=False)) and not list(module.parameters()):
+            model.set_submodule(name, type(module)(config=config))
+    return model
+
+
+def _make_ragged(model: nn.Module, layer: MoeLayer, widths: Sequence[int], quantized: bool, dtype: torch.dtype) -> None:
+    weights: nn.Module
+    if quantized:
+        weights = FourBitWeights([nn.Identity() for _ in widths], [nn.Identity() for _ in widths])
+    else:
+        weights = PackedWeights(widths, layer.hidden_size, device="meta", dtype=dtype)
+    model.set_submodule(layer.name, RaggedExperts(weights, widths, layer.experts.act_fn))
+    keep_router_rows(layer.router, torch.arange(len(widths)))

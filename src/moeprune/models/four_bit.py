@@ -1,0 +1,64 @@
+"""Linear layers and ragged experts whose weights are stored in four bits (bitsandbytes NF4)."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import Tensor, nn
+
+WEIGHT = ".weight"
+
+
+def four_bit_linear(weight_OI: Tensor, bias_O: Tensor | None, *, block_size: int, nested: bool) -> Linear4bit:
+    """A linear layer with ``weight_OI`` rounded to NF4 in blocks of ``block_size``; ``nested`` also quantises the
+    scales (double quantisation)."""
+    layer = _empty_linear(weight_OI.shape[1], weight_OI.shape[0], bias_O is not None, nested, weight_OI.dtype)
+    layer.weight = Params4bit(
+        weight_OI.detach().contiguous(),
+        requires_grad=False,
+        blocksize=block_size,
+        compress_statistics=nested,
+        quant_type="nf4",
+        module=layer,
+    ).to(weight_OI.device)
+    if bias_O is not None:
+        layer.bias = nn.Parameter(bias_O.detach(), requires_grad=False)
+    return layer
+
+
+def stored_four_bit_linear(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Linear4bit:
+    """The layer that was saved under ``name``; computes in ``dtype``."""
+    prefix = name + WEIGHT
+    state = {key.removeprefix(prefix + "."): value for key, value in tensors.items() if key.startswith(prefix + ".")}
+    bias = tensors.get(f"{name}.bias")
+    weight = tensors[prefix]
+    layer = _empty_linear(1, 1, False, "nested_absmax" in state, dtype)
+    layer.weight = Params4bit.from_prequantized(weight, state, device=weight.device, module=layer)
+    layer.quant_state.dtype = dtype
+    layer.out_features, layer.in_features = layer.quant_state.shape
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    return layer
+
+
+def _empty_linear(inputs: int, outputs: int, bias: bool, nested: bool, dtype: torch.dtype) -> Linear4bit:
+    return Linear4bit(
+        inputs, outputs, bias, compute_dtype=dtype, compress_statistics=nested, quant_type="nf4", device="meta"
+    )
+
+
+class FourBitWeights(nn.Module):
+    """The four-bit counterpart of `PackedWeights`: one quantised matrix per expert and projection."""
+
+    def __init__(self, gate_up: Sequence[nn.Module], down: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.gate_up = nn.ModuleList(gate_up)
+        self.down = nn.ModuleList(down)
+
+    def gate_and_up(self, expert: int, hidden_TH: Tensor) -> Tensor:
+        """``[x W_gate^T, x W_up^T]`` [T, 2 C_e]."""
+        return self.gate_up[expert](hidden_TH)
+
+    def project_down(self, expert: int, channels_TC: Tensor) -> Tensor:
+        """``h W_down^T`` [T, H]."""
+        return self.down[expert](channels_TC)

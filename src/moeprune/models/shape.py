@@ -1,0 +1,124 @@
+"""Where a checkpoint lies and how its experts are shaped, read without torch, so that a wrong request is refused at once."""
+
+import json
+import re
+import struct
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from moeprune.errors import InputError, ModelError
+
+EMBEDDED = "embedded:"
+_EXPERT_DOWN = re.compile(r"(?P<layer>.*\.layers\.\d+\..*experts)\.(?P<expert>\d+)\.(?:down_proj|w2)\.weight$")
+_FUSED_DOWN = re.compile(r"(?P<layer>.*\.layers\.\d+\..*experts)\.down_proj$")
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """MoE layers, routed experts per layer, channels per expert, and experts per token."""
+
+    layers: int
+    experts: int
+    width: int
+    top_k: int
+
+
+def embedded_models() -> list[str]:
+    """Names of the models that ship with the package."""
+    return sorted(entry.name for entry in _embedded_root().iterdir() if (entry / "config.json").exists())
+
+
+def _embedded_root() -> Path:
+    return Path(str(files("moeprune.resources"))) / "models"
+
+
+def local_folder(path: str) -> Path | None:
+    """The folder of ``embedded:NAME`` or of a local path; None for what must be a hub name.
+
+    Raises InputError for an embedded name or a path that does not exist.
+    """
+    if path.startswith(EMBEDDED):
+        name = path.removeprefix(EMBEDDED)
+        if name not in embedded_models():
+            raise InputError(f"Embedded model {name!r} does not exist.", possible=embedded_models(), given=name)
+        return _embedded_root() / name
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise InputError(
+            f"Model path {path!r} is not a folder.",
+            change="Give model.path the folder of a checkpoint (config.json, *.safetensors), a hub name such as "
+            "Qwen/Qwen1.5-MoE-A2.7B, or choose model=tiny_qwen3_moe.",
+        )
+    return None
+
+
+def read_shape(folder: Path) -> ExpertShape:
+    """The experts' shape from the safetensors headers and the config's experts per token.
+
+    Raises ModelError when the checkpoint is incomplete, damaged, or has no routed experts of one shape.
+    """
+    config = _read_json(folder / "config.json")
+    experts_of: dict[str, int] = {}
+    widths: set[int] = set()
+    for file in weight_files(folder):
+        for name, entry in read_header(file).items():
+            if match := _EXPERT_DOWN.match(name):
+                layer = match["layer"]
+                experts_of[layer] = max(experts_of.get(layer, 0), int(match["expert"]) + 1)
+                widths.add(entry["shape"][1])
+            elif match := _FUSED_DOWN.match(name):
+                experts_of[match["layer"]] = entry["shape"][0]
+                widths.add(entry["shape"][2])
+    top_k = config.get("num_experts_per_tok")
+    if len(set(experts_of.values())) != 1 or len(widths) != 1 or not isinstance(top_k, int):
+        raise ModelError(
+            f"{folder} ({config.get('model_type', 'unknown type')}) is no MoE checkpoint that can be pruned.\n"
+            "Looked for: tensors '...layers.N...experts.M.down_proj.weight' (or fused '...experts.down_proj'), all of "
+            f"one width, and num_experts_per_tok in config.json. Found: {len(experts_of)} layers with experts, widths "
+            f"{sorted(widths)}, num_experts_per_tok {top_k}.\nUse a Qwen-MoE or DeepSeek checkpoint that is not pruned."
+        )
+    return ExpertShape(len(experts_of), next(iter(experts_of.values())), widths.pop(), top_k)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint. Raises ModelError when there are none or some of the index are missing."""
+    index = folder / "model.safetensors.index.json"
+    names = set(_read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    missing = sorted(name for name in names if not (folder / name).exists())
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {', '.join(missing[:3])}.\nOnly safetensors checkpoints are read; download the missing files."
+        )
+    return [folder / name for name in sorted(names)]
+
+
+def read_header(file: Path) -> dict[str, dict]:
+    """{tensor name: {"dtype", "shape", "data_offsets"}} of a safetensors file.
+
+    Raises ModelError when the file is truncated or no safetensors file.
+    """
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > file.stat().st_size:
+                raise ValueError("the header is longer than the file")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if file.stat().st_size != 8 + length + end:
+            raise ValueError(f"{8 + length + end} bytes were expected, {file.stat().st_size} are there")
+    except (ValueError, struct.error, KeyError) as error:
+        raise ModelError(f"{file} is damaged: {error}.\nCopy or download it again.") from error
+    return header
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ModelError(f"{file.parent} is no checkpoint: it has no {file.name}.") from None
+    except ValueError as error:
+        raise ModelError(f"{file} is damaged: {error}") from error
