@@ -1,0 +1,1 @@
+"""The training loop: used to train the embedded models, and by recovery."""
