@@ -1,0 +1,1 @@
+"""Text sources -> token windows -> one statistics pass that serves every scorer."""

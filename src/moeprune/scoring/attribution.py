@@ -1,0 +1,40 @@
+"""Attribution: the first-order effect of scaling an expert or a channel on the layer's output, in closed form."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moeprune.calibration.statistics import Statistics
+from moeprune.types import Scores
+
+
+@dataclass(frozen=True)
+class AttributionScorer:
+    """Channels by attribution.
+
+    With the block-local loss ``sum_t q_t ||y'_t - y_t||^2``, ``q_t = 1 / (||y_t||^2 + eps)``, where y' is the layer's
+    output with all routed experts scaled by alpha, minus the gradient in direction of the channel is
+
+        A_ec = 2 alpha (1 - alpha) sum_t q_t g_te h_tec <w_ec, m_t>          [L, E, C]
+
+    and an expert's attribution A_e is the sum of its channels'. The paper (arXiv 2606.18304, method section) obtains A
+    by a backward pass per layer; this closed form is exactly equal and needs the forward pass only. The paper's
+    released code may weight A_e by the share of tokens routed to e; here it is not weighted.
+    """
+
+    alpha: float = 0.9
+
+    def __call__(self, statistics: Statistics) -> Scores:
+        channel_LEC = attribution_LEC(statistics, self.alpha)
+        return Scores(channel_LEC, channel_LEC.sum(dim=-1), block_local_loss_L(statistics, self.alpha))
+
+
+def attribution_LEC(statistics: Statistics, alpha: float) -> Tensor:
+    """``2 alpha (1 - alpha) sum_t q_t g_te h_tec <w_ec, m_t>`` [L, E, C], float64."""
+    return 2 * alpha * (1 - alpha) * statistics.attribution_sum_LEC
+
+
+def block_local_loss_L(statistics: Statistics, alpha: float) -> Tensor:
+    """``(1 - alpha)^2 sum_t q_t ||m_t||^2`` [L]: the loss itself, as scaling all routed experts changes y by
+    ``(alpha - 1) m``."""
+    return (1 - alpha) ** 2 * statistics.routed_output_loss_L
