@@ -1,0 +1,5 @@
+"""Allocators: pure functions from scores and a budget to a plan.
+
+An allocator is a frozen dataclass with ``__call__(scores: Scores, budget: Budget) -> Plan``. To add one: write it in a
+file of this folder (or of your own package) and name it in a YAML file under ``conf/allocator/``.
+"""

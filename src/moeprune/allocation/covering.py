@@ -1,0 +1,52 @@
+"""Counts by coverage: every row keeps the fewest channels that reach its share of a common coverage level."""
+
+import torch
+from torch import Tensor
+
+from moeprune.allocation.selection import fewest_channels, sorted_coverage
+
+BISECTION_STEPS = 60
+
+
+def cover(scores_NC: Tensor, weight_N: Tensor, target: int, *, least: int) -> Tensor:
+    """Counts k_n [N], int64, summing to ``target``, each at least ``least``.
+
+    ``k_n`` is the fewest channels of row n that reach coverage ``min(1, level * weight_n)``; the common level is found
+    by bisection (arXiv 2606.18304, algorithm listing: for layers and for the experts of a layer alike). The paper stops
+    within a tolerance of the target; here the last few channels are then given or taken by smallest marginal score.
+    """
+    width = scores_NC.shape[1]
+    coverage_NC = sorted_coverage(scores_NC)
+    weight_N = weight_N if bool((weight_N > 0).any()) else torch.ones_like(weight_N)
+
+    def counts_at(level: float) -> Tensor:
+        return fewest_channels(coverage_NC, (level * weight_N).clamp(max=1)).clamp(min=least, max=width)
+
+    low, high = 0.0, 1 / float(weight_N[weight_N > 0].min())
+    for _ in range(BISECTION_STEPS):
+        middle = (low + high) / 2
+        if int(counts_at(middle).sum()) < target:
+            low = middle
+        else:
+            high = middle
+    return _corrected(counts_at(high), scores_NC, target, least)
+
+
+def _corrected(counts_N: Tensor, scores_NC: Tensor, target: int, least: int) -> Tensor:
+    """Counts that sum to ``target``: drop the lowest kept channels, or add the highest of those not kept."""
+    difference = target - int(counts_N.sum())
+    if difference == 0:
+        return counts_N
+    sorted_NC = scores_NC.sort(dim=-1, descending=True).values
+    position_C = torch.arange(sorted_NC.shape[1])
+    kept_NC = position_C < counts_N.unsqueeze(-1)
+    if difference > 0:
+        marginal = sorted_NC.masked_fill(kept_NC, -torch.inf).flatten()
+        changed = marginal.argsort(descending=True, stable=True)[:difference]
+    else:
+        droppable_NC = kept_NC & (position_C >= least)
+        marginal = sorted_NC.masked_fill(~droppable_NC, torch.inf).flatten()
+        # Reversed, so that among equal scores the later channel of a row goes first and a prefix stays.
+        changed = marginal.numel() - 1 - marginal.flip(0).argsort(stable=True)[:-difference]
+    rows_N = torch.bincount(changed // sorted_NC.shape[1], minlength=len(counts_N))
+    return counts_N + (rows_N if difference > 0 else -rows_N)
