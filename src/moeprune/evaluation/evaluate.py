@@ -1,0 +1,41 @@
+"""What a user chooses about evaluation, and the numbers that come of it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from moeprune.calibration.sample import TextSource
+from moeprune.calibration.windows import windows_of_text
+from moeprune.evaluation.perplexity import perplexity
+from moeprune.evaluation.tasks import task_accuracies
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Perplexity per text of ``source`` on its first ``windows`` windows, and accuracy on ``tasks``.
+
+    A task is the name of one that ships with the package (word_order, cloze, copy) or of any lm-eval task; its first
+    ``task_items`` items are used, all when None.
+    """
+
+    source: TextSource
+    windows: int
+    sequence_length: int
+    batch_size: int
+    tasks: Sequence[str] = ()
+    task_items: int | None = None
+
+    def __call__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """``{"perplexity", "perplexity_tokens", "mean_perplexity", "tasks"}``; the mean is geometric over texts."""
+        values, tokens = {}, {}
+        for name, text in self.source.read().items():
+            windows = windows_of_text(tokenizer, text, name=name, count=self.windows, length=self.sequence_length)
+            values[name] = perplexity(model, windows, self.batch_size, name)
+            tokens[name] = windows.token_count - len(windows.input_ids_NT)
+        mean = math.exp(sum(math.log(value) for value in values.values()) / len(values))
+        tasks = task_accuracies(model, tokenizer, self.tasks, self.task_items, self.batch_size)
+        return {"perplexity": values, "perplexity_tokens": tokens, "mean_perplexity": mean, "tasks": tasks}

@@ -1,0 +1,69 @@
+"""lm-eval tasks on a model in memory; those that ship with the package need no network."""
+
+import logging
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from moeprune.errors import InputError
+
+# Only metrics that are no plain mean are bootstrapped.
+BOOTSTRAP_SAMPLES = 1000
+
+
+def shipped_tasks() -> list[str]:
+    """Names of the tasks that ship with the package."""
+    return sorted(entry.stem for entry in _tasks_folder().glob("*.yaml"))
+
+
+def task_accuracies(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], items: int | None, batch_size: int
+) -> dict[str, dict[str, float]]:
+    """``{task: {"accuracy", "stderr", "n"}}`` with lm-eval's own standard error of the mean.
+
+    Raises InputError for a task that lm-eval does not know.
+    """
+    if not tasks:
+        return {}
+    # lm-eval takes seconds to import, and only evaluation needs it.
+    from lm_eval import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    shipped = set(shipped_tasks())
+    manager = TaskManager(include_defaults=not shipped.issuperset(tasks))
+    unknown = [task for task in tasks if task not in shipped and task not in manager.all_tasks]
+    if unknown:
+        raise InputError(f"Task {unknown[0]!r} does not exist.", possible=sorted(shipped), given=unknown[0])
+    loaded = manager.load([_shipped_config(task) if task in shipped else task for task in tasks])
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+    language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=_max_length(model))
+    answers = evaluate(language_model, loaded, limit=items, bootstrap_iters=BOOTSTRAP_SAMPLES, log_samples=False)
+    return {task: _accuracy(answers["results"][task], answers["n-samples"][task]["effective"]) for task in tasks}
+
+
+def _accuracy(result: dict[str, Any], items: int) -> dict[str, float]:
+    metric = next(name for name in ("acc,none", "exact_match,none", "exact_match,strict-match") if name in result)
+    stderr = result[metric.replace(",", "_stderr,", 1)]
+    return {"accuracy": float(result[metric]), "stderr": float(stderr), "n": items}
+
+
+def _shipped_config(task: str) -> dict[str, Any]:
+    config = yaml.safe_load((_tasks_folder() / f"{task}.yaml").read_text())
+    config["dataset_kwargs"] = {"data_files": {"test": str(_tasks_folder() / f"{task}.jsonl")}}
+    return config
+
+
+def _tasks_folder() -> Path:
+    return Path(str(files("moeprune.resources"))) / "tasks"
+
+
+def _max_length(model: nn.Module) -> int:
+    return int(model.config.max_position_embeddings)

@@ -1,0 +1,34 @@
+"""One experiment: everything a run needs to know, as plain objects."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from moeprune.allocation.budget import Budget
+from moeprune.calibration.sample import Calibration
+from moeprune.calibration.statistics import Statistics
+from moeprune.evaluation.evaluate import Evaluation
+from moeprune.models.source import ModelSource
+from moeprune.types import Plan, Scores
+
+Scorer = Callable[[Statistics], Scores]
+Allocator = Callable[[Scores, Budget], Plan]
+ModelTransform = Callable[[PreTrainedModel], PreTrainedModel]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Model -> calibration -> scorer -> allocator at ``ratio`` -> recovery -> quantizer -> evaluation.
+
+    ``ratio`` is the fraction of routed-expert channels to remove. ``recovery`` and ``quantizer`` are left out when None.
+    """
+
+    model: ModelSource
+    calibration: Calibration
+    scorer: Scorer
+    allocator: Allocator
+    ratio: float
+    evaluation: Evaluation
+    recovery: ModelTransform | None = None
+    quantizer: ModelTransform | None = None

@@ -1,0 +1,73 @@
+"""The whole road, on one screen."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeprune.pipeline import stages
+from moeprune.pipeline.cache import Artifact, StageCache
+from moeprune.pipeline.experiment import Experiment
+from moeprune.types import Plan
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run found: the plan, the metrics of each variant of the model in order, and the stages it walked."""
+
+    plan: Plan
+    plan_file: Path
+    variants: dict[str, dict[str, Any]]
+    stages: list[Artifact]
+
+    def as_metrics(self) -> dict[str, Any]:
+        """Plain values for ``metrics.json``."""
+        plan = self.plan
+        return {
+            "plan": {
+                "removed_channels": plan.total_channels - plan.kept_channels,
+                "total_channels": plan.total_channels,
+                "removed_ratio": plan.removed_ratio,
+                "live_experts": (plan.widths_LE > 0).sum(dim=1).tolist(),
+                "widths": plan.widths_LE.tolist(),
+                "note": plan.note,
+            },
+            "variants": [{"name": name, **metrics} for name, metrics in self.variants.items()],
+            "stages": [
+                {
+                    "stage": artifact.stage,
+                    "key": artifact.key,
+                    "cached": artifact.cached,
+                    "seconds": artifact.seconds,
+                    "peak_memory_gib": artifact.peak_memory_gib,
+                }
+                for artifact in self.stages
+            ],
+        }
+
+
+def run(experiment: Experiment, cache: StageCache) -> Result:
+    """Walk the road; every stage that any run finished before is reused."""
+    calibration = stages.sample_calibration(cache, experiment)
+    statistics = stages.gather_statistics(cache, experiment, calibration)
+    scores = stages.score(cache, experiment, statistics)
+    plan = stages.allocate(cache, experiment, scores)
+    pruned = stages.cut(cache, experiment, plan)
+    walked = [calibration, statistics, scores, plan, pruned]
+
+    models: dict[str, Artifact | None] = {"dense": None, "pruned": pruned}
+    name, latest = "pruned", pruned
+    for stage, change in (("recovered", experiment.recovery), ("quantized", experiment.quantizer)):
+        if change is not None:
+            latest = stages.transform(cache, stage, experiment, change, latest)
+            name = f"{name}+{getattr(change, 'name', stage)}"
+            models[name] = latest
+            walked.append(latest)
+
+    metrics = {}
+    for name, model in models.items():
+        evaluation = stages.evaluate(cache, experiment, name.replace("+", "-"), model)
+        metrics[name] = json.loads((evaluation.folder / "metrics.json").read_text())
+        walked.append(evaluation)
+    plan_file = plan.folder / "plan.safetensors"
+    return Result(Plan.load(plan_file), plan_file, metrics, walked)
