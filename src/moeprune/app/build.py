@@ -1,0 +1,43 @@
+"""From a checked config to plain objects."""
+
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from moeprune.errors import InputError, MoepruneError
+from moeprune.pipeline.experiment import Experiment
+
+
+def build_experiment(config: DictConfig) -> Experiment:
+    """The experiment that the config describes. Raises InputError for a plug-in that cannot be built."""
+    return Experiment(
+        model=_build("model", config.model),
+        calibration=_build("calibration", config.calibration),
+        scorer=_build("scorer", config.scorer),
+        allocator=_build("allocator", config.allocator),
+        ratio=config.ratio,
+        evaluation=_build("evaluation", config.evaluation),
+        recovery=build_optional("recovery", config.recovery),
+        quantizer=build_optional("quantizer", config.quantizer),
+    )
+
+
+def build_optional(group: str, config: DictConfig) -> Any:
+    """The plug-in of a group whose choice may be ``none``; None then."""
+    return _build(group, config) if "_target_" in config else None
+
+
+def _build(group: str, config: DictConfig) -> Any:
+    try:
+        return instantiate(config, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, MoepruneError):
+            raise cause from None
+        reason = str(cause or error).splitlines()[0]
+        raise InputError(
+            f"{group} cannot be built from _target_ {config.get('_target_')}: {reason}",
+            change=f"Check the settings of {group}; an own plug-in must be importable (installed, or on PYTHONPATH).",
+        ) from error

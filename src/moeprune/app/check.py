@@ -1,0 +1,98 @@
+"""Checks a composed config before anything heavy is imported: known keys, types, and what cannot work on the model."""
+
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, ValidationError
+
+from moeprune.allocation.budget import Budget
+from moeprune.errors import InputError
+from moeprune.models.shape import local_folder, read_shape
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class ModelConfig:
+    """Mirrors `moeprune.models.source.ModelSource`, which is too heavy to import here."""
+
+    _target_: str
+    name: str
+    path: str
+    dtype: str
+    compute_dtype: str
+    alignment: int
+    minimum_width: int
+    device: str = "auto"
+    revision: str | None = None
+
+
+@dataclass
+class ExperimentConfig:
+    """The top level; plug-ins bring their own settings, checked when they are built."""
+
+    model: ModelConfig
+    calibration: dict[str, Any]
+    scorer: dict[str, Any]
+    allocator: dict[str, Any]
+    ratio: float
+    seed: int
+    cache_dir: str
+    evaluation: dict[str, Any]
+    recovery: dict[str, Any] = field(default_factory=dict)
+    quantizer: dict[str, Any] = field(default_factory=dict)
+    tracking: dict[str, Any] = field(default_factory=dict)
+    method: Any = None
+    experiment: Any = None
+
+
+def checked(config: DictConfig) -> DictConfig:
+    """The resolved config. Raises InputError, BudgetError or ModelError for what cannot work."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), config)
+        OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise InputError(
+            f"A value is missing: {str(error).splitlines()[0]}", change="Give it on the command line as KEY=VALUE."
+        ) from error
+    except ConfigKeyError as error:
+        key = str(error.full_key or error.key)
+        known = list(ExperimentConfig.__dataclass_fields__)
+        near = get_close_matches(key.split(".")[-1], [*known, *ModelConfig.__dataclass_fields__], n=1)
+        raise InputError(f"{key} is not a setting.", possible=near or known) from error
+    except ValidationError as error:
+        raise InputError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(merged, DictConfig)
+    _check_model(merged)
+    return merged
+
+
+def _check_model(config: DictConfig) -> None:
+    model = config.model
+    for key in ("dtype", "compute_dtype"):
+        if model[key] not in DTYPES:
+            raise InputError(f"model.{key}={model[key]} is not possible.", possible=DTYPES, given=model[key])
+    if not 0 <= config.ratio < 1:
+        raise InputError(
+            f"ratio={config.ratio} is not possible: it is the fraction of routed-expert channels to remove.",
+            change="Use a number from 0 up to, but not including, 1, for example ratio=0.5.",
+        )
+    folder = local_folder(model.path)
+    if folder is not None:
+        _check_budget(config, folder)
+
+
+def _check_budget(config: DictConfig, folder: Path) -> None:
+    shape = read_shape(folder)
+    Budget(
+        ratio=config.ratio,
+        layers=shape.layers,
+        experts=shape.experts,
+        width=shape.width,
+        top_k=shape.top_k,
+        alignment=config.model.alignment,
+        minimum_width=config.model.minimum_width,
+    )

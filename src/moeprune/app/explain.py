@@ -1,0 +1,62 @@
+"""Turns errors of Hydra and OmegaConf about a user's command into one message with the nearest valid choices."""
+
+import re
+from pathlib import Path
+
+import yaml
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from moeprune.errors import InputError, MoepruneError
+
+
+def explained(error: Exception, config_folder: Path, config_name: str) -> MoepruneError | None:
+    """The user's mistake behind ``error``; None when it is not one."""
+    if isinstance(error, MissingConfigException):
+        return _missing_choice(error)
+    if isinstance(error, MissingMandatoryValue):
+        return InputError(str(error).splitlines()[0], change="Give it on the command line as KEY=VALUE.")
+    if isinstance(error, OverrideParseException):
+        return InputError(str(error).splitlines()[0], change="Overrides are KEY=VALUE, for example ratio=0.5.")
+    if isinstance(error, ConfigCompositionException):
+        return _unknown_key(error, config_folder, config_name)
+    if isinstance(error, (OmegaConfBaseException, HydraException)):
+        return InputError(str(error).splitlines()[0], change="See the composed config with --cfg job.")
+    return None
+
+
+def _missing_choice(error: MissingConfigException) -> MoepruneError:
+    asked = str(error.missing_cfg_file or "")
+    group, _, choice = asked.rpartition("/")
+    if not group or not error.options:
+        return InputError(str(error).splitlines()[0])
+    return InputError(f"{group}={choice} does not exist.", possible=error.options, given=choice)
+
+
+def _unknown_key(error: ConfigCompositionException, config_folder: Path, config_name: str) -> MoepruneError:
+    first_line = str(error).splitlines()[0]
+    match = re.search(r"Could not (?:override|append to config|delete from config)[^']*'([^'=@]+)", first_line)
+    if match is None:
+        return InputError(first_line, change="See the composed config with --cfg job.")
+    asked = match[1].split("=")[0]
+    known = known_keys(config_folder, config_name)
+    group = asked.split(".")[0]
+    if "." in asked and group in known:
+        inside = _keys_of_group(config_folder / group)
+        return InputError(f"{asked} is not a setting of any {group}.", possible=inside, given=asked)
+    return InputError(f"{asked} is neither a group nor a setting.", possible=known, given=asked)
+
+
+def known_keys(config_folder: Path, config_name: str) -> list[str]:
+    """Groups and top-level settings of the primary config."""
+    primary = yaml.safe_load((config_folder / f"{config_name}.yaml").read_text())
+    groups = [group for entry in primary["defaults"] if isinstance(entry, dict) for group in entry]
+    return groups + [key for key in primary if key not in ("defaults", "hydra")]
+
+
+def _keys_of_group(folder: Path) -> list[str]:
+    keys: set[str] = set()
+    for file in folder.glob("*.yaml"):
+        content = yaml.safe_load(file.read_text()) or {}
+        keys.update(f"{folder.name}.{key}" for key in content if key not in ("defaults", "_target_", "hydra"))
+    return sorted(keys)

@@ -1,0 +1,56 @@
+"""One run: check the config, build plain objects, walk the road, leave the results in the run directory."""
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from moeprune.app.check import checked
+from moeprune.app.manifest import manifest, write_atomically
+
+log = logging.getLogger(__name__)
+
+REPORTED_CHOICES = ("model", "method", "scorer", "allocator", "quantizer", "recovery", "calibration", "evaluation")
+
+
+def run_job(config: DictConfig) -> None:
+    """What Hydra calls for a run or for each job of a sweep."""
+    hydra = HydraConfig.get()
+    run_dir = Path(hydra.runtime.output_dir)
+    with manifest(run_dir, list(hydra.overrides.task)):
+        settings = checked(config)
+        write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(settings, resolve=True))
+        choices = {name: hydra.runtime.choices.get(name) for name in REPORTED_CHOICES}
+        _run(settings, choices, run_dir)
+
+
+def _run(config: DictConfig, choices: Mapping[str, str | None], run_dir: Path) -> None:
+    # Everything heavy is imported here, after the config is known to be sound.
+    from moeprune.app.build import build_experiment, build_optional
+    from moeprune.app.provenance import provenance
+    from moeprune.app.terminal import quiet_libraries, terminal
+    from moeprune.pipeline.cache import StageCache
+    from moeprune.pipeline.run import run
+    from moeprune.report.summary import write_run_report
+
+    quiet_libraries()
+    write_atomically(run_dir / "provenance.json", json.dumps(provenance(config.seed), indent=1))
+    tracker = build_optional("tracking", config.tracking)
+    result = run(build_experiment(config), StageCache(Path(config.cache_dir)))
+
+    shutil.copyfile(result.plan_file, run_dir / "plan.safetensors")
+    metrics = {**choices, "ratio": config.ratio, "seed": config.seed, **result.as_metrics()}
+    write_atomically(run_dir / "metrics.json", json.dumps(metrics, indent=1))
+    write_run_report(run_dir, terminal())
+    if tracker is not None:
+        tracker.log_run(_plain(config), metrics, run_dir)
+    log.info("results in %s", run_dir)
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]

@@ -1,0 +1,69 @@
+"""The commands ``moeprune`` and ``moeprune-train``. Nothing heavy is imported before the config is known to be sound."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+import moeprune
+from moeprune.app.explain import explained
+from moeprune.errors import MoepruneError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run one experiment, or with ``--multirun`` a sweep."""
+    _run_command(_experiment_job, "config")
+
+
+def train() -> None:
+    """Train an embedded model by its recipe."""
+    _run_command(_training_job, "train")
+
+
+def config_folder() -> Path:
+    """``conf/``: inside an installed wheel, or at the top of the source tree."""
+    package = Path(moeprune.__file__).parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parents[1] / "conf"
+
+
+# submitit pickles this function by value: it stays trivial.
+def _experiment_job(config: DictConfig) -> None:
+    from moeprune.app.job import run_job
+
+    run_job(config)
+
+
+def _training_job(config: DictConfig) -> None:
+    from moeprune.app.training import run_training
+
+    run_training(config)
+
+
+def _run_command(job: Callable[[DictConfig], None], config_name: str) -> None:
+    # Hydra would print its own errors and hide ours; with this it raises them, and they are explained below.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # a log file gets a line per stage instead of progress bars
+    decorate: Any = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)
+    try:
+        decorate(job)()
+    except KeyboardInterrupt:
+        _stop("Interrupted. Finished stages are kept; the same command goes on from them.", INTERRUPTED)
+    except Exception as error:
+        explanation = error if isinstance(error, MoepruneError) else explained(error, config_folder(), config_name)
+        if explanation is None:
+            raise
+        _stop(f"moeprune: {explanation}", USER_ERROR)
+
+
+def _stop(message: str, exit_code: int) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(exit_code)

@@ -1,0 +1,27 @@
+"""Keeps the terminal for our own lines: progress bars, stages, tables."""
+
+import logging
+import warnings
+
+from rich.console import Console
+
+LOG_FILE_WIDTH = 120
+
+
+def terminal() -> Console:
+    """A console as wide as the terminal, or as a table needs where the output goes to a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=LOG_FILE_WIDTH)
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries say about themselves; our own lines say what matters."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for name in ("httpx", "lm_eval", "lightning.pytorch", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
