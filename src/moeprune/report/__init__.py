@@ -1,0 +1,1 @@
+"""Tables, plots and plain sentences, made only from the files that runs wrote."""

@@ -1,0 +1,212 @@
+"""Perplexity against size, as a figure: one panel per model, one colour and marker per method."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
+
+from moeprune.errors import InputError
+from moeprune.report.files import written_whole
+from moeprune.report.formats import byte_unit, byte_unit_note
+from moeprune.report.labels import Box, Label, Point, place_labels
+from moeprune.report.results import Metrics, Run, Variant
+from moeprune.report.settings import run_labels
+
+# Colours of Okabe and Ito, which colour-blind readers tell apart; without their yellow, too pale on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DENSE_COLOUR, DENSE_LINE_COLOUR, JOIN_COLOUR, TEXT_COLOUR = "#222222", "#999999", "#C8C8C8", "#333333"
+LEADER_COLOUR = "#777777"
+DASHES = (0, (5, 4))
+MARKER_SIZE, LABEL_SIZE = 7.5, 8.5
+LEADER_FROM = 12.0
+DOTS_PER_INCH = 150
+PANELS_PER_ROW = 3
+DECADE_STEPS = ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 3), (1,))
+MOST_TICKS = 8
+
+
+@dataclass(frozen=True)
+class Style:
+    """How the runs of one method are drawn in every panel."""
+
+    colour: str
+    marker: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Points under one label: the runs of one ratio and quantizer, or the dense model."""
+
+    text: str
+    points: Sequence[Point]
+
+
+def plot_perplexity_against_bytes(runs: Sequence[Run], path: Path) -> None:
+    """Write the figure as a PNG at 150 dpi; ``path`` changes only once the figure is complete.
+
+    Raises InputError when no run has results.
+    """
+    figure = perplexity_figure(runs)
+    with written_whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=DOTS_PER_INCH)
+
+
+def perplexity_figure(runs: Sequence[Run]) -> Figure:
+    """Mean perplexity of each run's final variant against its bytes with overhead, with the dense model beside it."""
+    measured = [run.results for run in runs if run.results]
+    if not measured:
+        raise InputError("There is nothing to plot: no run ended with results.")
+    names = run_labels([run for run in runs if run.results])
+    looks = zip(cycle(COLOURS), cycle(MARKERS), strict=False)
+    styles = {name: Style(*look) for name, look in zip(dict.fromkeys(names), looks, strict=False)}
+    models = list(dict.fromkeys(metrics.model for metrics in measured))
+    across = min(len(models), PANELS_PER_ROW)
+    down = math.ceil(len(models) / across)
+    legend_columns = 3 * across
+    height = 4.6 * down + 0.4 + 0.2 * math.ceil((len(styles) + 2) / legend_columns)
+    figure = Figure(figsize=(6.4 * across, height), dpi=DOTS_PER_INCH, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = list(figure.subplots(down, across, squeeze=False).flat)
+    groups_of = {}
+    for panel, model in zip(panels, models, strict=False):
+        styled = [(each, styles[name]) for each, name in zip(measured, names, strict=True) if each.model == model]
+        groups_of[panel] = _draw_panel(panel, model, styled)
+    for panel in panels[len(models) :]:
+        panel.set_axis_off()
+    figure.suptitle("Perplexity against size after compression", fontsize=13, fontweight="bold")
+    _draw_legend(figure, styles, legend_columns)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for panel, groups in groups_of.items():
+        _write_labels(panel, groups)
+    return figure
+
+
+def _draw_panel(panel: Axes, model: str, styled: Sequence[tuple[Metrics, Style]]) -> list[Group]:
+    """Draw the points of one model; returns what is still to be labelled, the dense model first."""
+    dense = styled[0][0].dense
+    unit_bytes, unit = byte_unit([dense.bytes.with_overhead])
+    dense_point = _point(dense, unit_bytes)
+    panel.axhline(dense_point[1], color=DENSE_LINE_COLOUR, linestyle=DASHES, linewidth=0.9, zorder=1)
+    panel.plot(*dense_point, marker="*", markersize=2 * MARKER_SIZE, color=DENSE_COLOUR, linestyle="", zorder=4)
+    points_of: dict[str, list[Point]] = {}
+    for metrics, style in styled:
+        point = _point(metrics.final, unit_bytes)
+        if math.isfinite(point[1]):
+            panel.plot(*point, **_marker(style), zorder=3)
+            points_of.setdefault(_compression(metrics), []).append(point)
+    for points in points_of.values():
+        upwards = sorted(points, key=lambda point: point[1])
+        panel.plot(*zip(*upwards, strict=True), color=JOIN_COLOUR, linewidth=1.2, zorder=2)
+    groups = [Group("dense", [dense_point]), *(Group(text, points) for text, points in points_of.items())]
+    _set_scales(panel, [point for group in groups for point in group.points])
+    panel.set_title(model, fontsize=11)
+    left_out = len(styled) - sum(len(points) for points in points_of.values())
+    note = f"\n{left_out} not drawn: perplexity not finite" if left_out else ""
+    panel.set_xlabel(f"size with overhead [{unit}; {byte_unit_note(unit)}]{note}")
+    panel.set_ylabel("mean perplexity (geometric, over texts)")
+    return groups
+
+
+def _point(variant: Variant, unit_bytes: int) -> Point:
+    return variant.bytes.with_overhead / unit_bytes, variant.mean_perplexity
+
+
+def _compression(metrics: Metrics) -> str:
+    percent = f"{100 * metrics.ratio:g}%"
+    return percent if metrics.quantizer == "none" else f"{percent} {metrics.quantizer}"
+
+
+def _marker(style: Style) -> dict[str, Any]:
+    """A pale face in a strong edge, so that points on top of each other all stay visible."""
+    edge = {"color": style.colour, "markeredgecolor": style.colour, "markeredgewidth": 1.5}
+    face = {"markerfacecolor": to_rgba(style.colour, 0.3)}
+    return {"marker": style.marker, "markersize": MARKER_SIZE, "linestyle": "", **edge, **face}
+
+
+def _set_scales(panel: Axes, points: Sequence[Point]) -> None:
+    """Logarithmic axes with plain numbers, and room for labels around the points."""
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xlim(_limits([x for x, _ in points], room=0.12))
+    panel.set_ylim(_limits([y for _, y in points], room=0.16))
+    _set_ticks(panel.xaxis, *panel.get_xlim())
+    _set_ticks(panel.yaxis, *panel.get_ylim())
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(color="#EEEEEE", linewidth=0.8)
+    panel.set_axisbelow(True)
+
+
+def _limits(values: Sequence[float], room: float) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    margin = max(high / low, 1.2) ** room
+    return low / margin, high * margin
+
+
+def _set_ticks(axis: Axis, low: float, high: float) -> None:
+    ticks = _round_numbers(low, high)
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter(FixedFormatter([f"{tick:,g}" for tick in ticks]))
+    axis.set_minor_locator(NullLocator())
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """A few round numbers from ``low`` to ``high``: evenly spaced over a short range, by decades over a long one."""
+    if high / low < 4:
+        return [float(tick) for tick in MaxNLocator(6).tick_values(low, high) if low <= tick <= high]
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    grids = [[step * 10.0**decade for decade in decades for step in steps] for steps in DECADE_STEPS]
+    choices = [[tick for tick in grid if low <= tick <= high] for grid in grids]
+    return next((ticks for ticks in choices if len(ticks) <= MOST_TICKS), choices[-1])
+
+
+def _draw_legend(figure: Figure, styles: dict[str, Style], columns: int) -> None:
+    methods = [Line2D([], [], label=name, **_marker(style)) for name, style in styles.items()]
+    dense = Line2D([], [], label="dense", marker="*", markersize=12, color=DENSE_COLOUR, linestyle="")
+    joined = Line2D([], [], label="same ratio and quantizer", color=JOIN_COLOUR, linewidth=1.2)
+    figure.legend(
+        handles=[*methods, dense, joined],
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize=9.5,
+        title="Labels: routed-expert channels removed, and quantizer. Both axes are logarithmic.",
+        title_fontsize=9,
+    )
+
+
+def _write_labels(panel: Axes, groups: Sequence[Group]) -> None:
+    """Write each group's text where it covers no point and no other text; a thin line leads to a distant point."""
+    pixels = DOTS_PER_INCH / 72
+    texts = [
+        panel.text(0, 0, group.text, ha="center", va="center", fontsize=LABEL_SIZE, color=TEXT_COLOUR)
+        for group in groups
+    ]
+    labels = []
+    for text, group in zip(texts, groups, strict=True):
+        text.set_transform(panel.transAxes)
+        extent = text.get_window_extent()
+        points = [tuple(panel.transData.transform(point) / pixels) for point in group.points]
+        labels.append(Label(extent.width / pixels, extent.height / pixels, points))
+    left, bottom, right, top = (edge / pixels for edge in panel.get_window_extent().extents)
+    dense_height = labels[0].points[0][1]
+    dense_line = Box(left, dense_height - 1, right, dense_height + 1)
+    for text, place in zip(texts, place_labels(labels, [dense_line], Box(left, bottom, right, top)), strict=True):
+        ends = [place.box.centre, place.box.nearest(place.point), place.point]
+        centre, start, end = panel.transAxes.inverted().transform([(x * pixels, y * pixels) for x, y in ends])
+        text.set_position(centre)
+        if math.dist(place.box.nearest(place.point), place.point) > LEADER_FROM:
+            panel.plot(
+                *zip(start, end, strict=True), transform=panel.transAxes, color=LEADER_COLOUR, linewidth=0.7, zorder=2
+            )

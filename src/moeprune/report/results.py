@@ -1,0 +1,200 @@
+"""What a run wrote (``manifest.json``, ``metrics.json``), read into frozen dataclasses."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from moeprune.errors import InputError
+
+SETTINGS = ("model", "method", "scorer", "allocator", "ratio", "quantizer", "recovery", "calibration", "seed")
+Entry = TypeVar("Entry")
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Accuracy on ``n`` examples with its standard error, both as fractions of 1."""
+
+    accuracy: float
+    stderr: float
+    n: int
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters in all, in routed experts, and active for one token."""
+
+    total: int
+    routed: int
+    active: int
+
+
+@dataclass(frozen=True)
+class ByteCounts:
+    """Parameters times ideal bits; with scales and unquantised tensors; files as written (None where none were)."""
+
+    ideal: int
+    with_overhead: int
+    on_disk: int | None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One measured model of a run: dense, pruned, or pruned and quantised; mappings go by text or task name."""
+
+    name: str
+    perplexity: Mapping[str, float]
+    perplexity_tokens: Mapping[str, int]
+    mean_perplexity: float
+    tasks: Mapping[str, TaskScore]
+    parameters: ParameterCounts
+    bytes: ByteCounts
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One stage of a run: how long it took, what it used at most, and whether the cache had it."""
+
+    stage: str
+    key: str
+    cached: bool
+    seconds: float
+    peak_memory_gib: float | None
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """How many channels the plan removed, and how many experts of each layer still have any."""
+
+    removed_channels: int
+    total_channels: int
+    removed_ratio: float
+    live_experts: tuple[int, ...]
+    note: str
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Everything a run measured, with the choices that made it; ``ratio`` = routed-expert channels removed."""
+
+    model: str
+    method: str | None
+    scorer: str
+    allocator: str
+    ratio: float
+    quantizer: str
+    recovery: str
+    calibration: str
+    seed: int
+    variants: tuple[Variant, ...]
+    stages: tuple[StageRecord, ...]
+    plan: PlanSummary
+
+    @property
+    def dense(self) -> Variant:
+        return next(variant for variant in self.variants if variant.name == "dense")
+
+    @property
+    def final(self) -> Variant:
+        return self.variants[-1]
+
+
+@dataclass(frozen=True)
+class RunError:
+    """The exception that ended a run."""
+
+    type: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory; ``metrics`` is None where the run wrote none."""
+
+    name: str
+    status: str
+    error: RunError | None
+    overrides: tuple[str, ...]
+    metrics: Metrics | None
+
+    @property
+    def results(self) -> Metrics | None:
+        """The metrics of a run that ended well; None for any other, whose metrics may be partial or of an older try."""
+        return self.metrics if self.status == "success" else None
+
+
+def load_run(run_dir: Path) -> Run:
+    """Read one run directory. Raises InputError when it has no manifest or a file in it cannot be read."""
+    manifest = _read_json(run_dir / "manifest.json")
+    metrics_path = run_dir / "metrics.json"
+    metrics = None
+    if metrics_path.exists():
+        try:
+            metrics = _metrics(_read_json(metrics_path))
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{metrics_path} does not have the expected entries: {error}.") from error
+    failure = manifest.get("error")
+    return Run(
+        name=run_dir.resolve().name,
+        status=manifest["status"],
+        error=_entry(RunError, failure) if failure else None,
+        overrides=tuple(manifest.get("overrides", ())),
+        metrics=metrics,
+    )
+
+
+def load_sweep(sweep_dir: Path) -> tuple[Run, ...]:
+    """Read every sub-directory that has a manifest, in numeric order. Raises InputError when there is none."""
+    run_dirs = [manifest.parent for manifest in sweep_dir.glob("*/manifest.json")]
+    if not run_dirs:
+        raise InputError(
+            f"{sweep_dir} holds no runs: none of its sub-directories has a manifest.json.",
+            change="Give the directory of a multirun, such as multirun/2025-01-31/12-00-00.",
+        )
+    return tuple(load_run(run_dir) for run_dir in sorted(run_dirs, key=lambda run_dir: _numeric_order(run_dir.name)))
+
+
+def _numeric_order(name: str) -> list[str | int]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path.parent} is not a run directory: it has no {path.name}.") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is damaged: {error}.", change="Run again, or remove the directory.") from error
+    return content
+
+
+def _metrics(raw: dict[str, Any]) -> Metrics:
+    variants = tuple(_variant(variant) for variant in raw["variants"])
+    if not any(variant.name == "dense" for variant in variants):
+        raise KeyError("a variant named dense")
+    plan = raw["plan"]
+    return Metrics(
+        **{setting: raw[setting] for setting in SETTINGS},
+        variants=variants,
+        stages=tuple(_entry(StageRecord, stage) for stage in raw["stages"]),
+        plan=_entry(PlanSummary, {**plan, "live_experts": tuple(plan["live_experts"])}),
+    )
+
+
+def _variant(raw: dict[str, Any]) -> Variant:
+    return Variant(
+        name=raw["name"],
+        perplexity=raw["perplexity"],
+        perplexity_tokens=raw["perplexity_tokens"],
+        mean_perplexity=raw["mean_perplexity"],
+        tasks={task: _entry(TaskScore, score) for task, score in raw["tasks"].items()},
+        parameters=_entry(ParameterCounts, raw["parameters"]),
+        bytes=_entry(ByteCounts, raw["bytes"]),
+    )
+
+
+def _entry(kind: type[Entry], raw: dict[str, Any]) -> Entry:
+    """The entries that ``kind`` names; those that a later version added are not read."""
+    return kind(**{field.name: raw[field.name] for field in fields(kind)})  # type: ignore[arg-type]

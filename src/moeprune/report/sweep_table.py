@@ -1,0 +1,170 @@
+"""One table over all runs of a sweep: what varies, then the final variant's quality and size."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moeprune.report.formats import (
+    MISSING,
+    accuracy_text,
+    byte_unit,
+    byte_unit_note,
+    bytes_text,
+    perplexity_text,
+    ratio_text,
+)
+from moeprune.report.results import SETTINGS, Metrics, Run, Variant
+from moeprune.report.run_tables import RATIO_MEANING, column_of, names_in, perplexity_meaning, task_meaning
+from moeprune.report.settings import setting_text, setting_values, varying_keys
+from moeprune.report.tables import ROW_NAME, Cell, Column, Table
+
+PERPLEXITY_AND_SIZE, TASKS = "perplexity and size", "tasks"
+SHOWN_VARIANT = "Shown is each run's last variant: pruned, and quantised where a quantizer is named."
+ALWAYS_STATED = ("model", "seed", "calibration")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: a run's final variant, a model's dense variant, or (``metrics`` None) an unfinished run."""
+
+    run: Run
+    metrics: Metrics | None
+    is_dense: bool = False
+
+    @property
+    def variant(self) -> Variant | None:
+        if self.metrics is None:
+            return None
+        return self.metrics.dense if self.is_dense else self.metrics.final
+
+    @property
+    def rivals(self) -> tuple[str, float] | None:
+        """Rows of one model and ratio are compared with each other; dense and unfinished rows with none."""
+        return None if self.metrics is None or self.is_dense else (self.metrics.model, self.metrics.ratio)
+
+
+def sweep_table(runs: Sequence[Run]) -> Table:
+    """Per model its dense row and the runs' final variants in order, then unfinished runs with their error.
+
+    The best value among the runs of one model and ratio is bold; values that read the same share it.
+    """
+    rows = _rows(runs)
+    measured = [run.results for run in runs if run.results]
+    unit_bytes, unit = byte_unit(metrics.dense.bytes.with_overhead for metrics in measured)
+    columns = [column_of("run", ("dense" if row.is_dense else row.run.name for row in rows), ROW_NAME)]
+    columns += [column_of(key, (_setting(row, key) for row in rows), ROW_NAME) for key in varying_keys(runs)]
+    columns += _perplexity_columns(rows)
+    columns += [_task_column(rows, task) for task in names_in(metrics.final.tasks for metrics in measured)]
+    columns.append(_size_column(rows, unit_bytes, unit))
+    if len(measured) < len(runs):
+        status = [Cell(_status(row.run)) for row in rows]
+        columns.append(Column("status", status, PERPLEXITY_AND_SIZE, prose=True))
+    any_best = any(cell.best for column in columns for cell in column.cells)
+    size_meaning = f"{byte_unit_note(unit)}, with scales and unquantised tensors; (2x): dense is twice as large."
+    captions = {
+        PERPLEXITY_AND_SIZE: f"{perplexity_meaning(measured)} {size_meaning}" if measured else "No run has results.",
+        TASKS: task_meaning(measured),
+    }
+    return Table(
+        f"Sweep of {len(runs)} {'run' if len(runs) == 1 else 'runs'}",
+        columns,
+        _caption(runs, measured, any_best),
+        captions,
+    )
+
+
+def _rows(runs: Sequence[Run]) -> list[Row]:
+    rows = []
+    for model in dict.fromkeys(run.results.model for run in runs if run.results):
+        of_model = [Row(run, run.results) for run in runs if run.results and run.results.model == model]
+        rows += [Row(of_model[0].run, of_model[0].metrics, is_dense=True), *of_model]
+    return rows + [Row(run, None) for run in runs if run.results is None]
+
+
+def _setting(row: Row, key: str) -> str:
+    if row.is_dense and key != "model":
+        return "0" if key == "ratio" else MISSING
+    return setting_text(row.run, key) or MISSING
+
+
+def _perplexity_columns(rows: Sequence[Row]) -> list[Column]:
+    means, ratios = [], []
+    for row in rows:
+        perplexity = row.variant.mean_perplexity if row.variant else None
+        means.append(MISSING if perplexity is None else perplexity_text(perplexity))
+        dense = row.metrics.dense.mean_perplexity if row.metrics else None
+        ratios.append(MISSING if perplexity is None or dense is None else ratio_text(perplexity / dense))
+    return [
+        Column("mean\nperplexity", _with_best(rows, means, lowest=True), PERPLEXITY_AND_SIZE),
+        Column("perplexity\n/ dense", _with_best(rows, ratios, lowest=True), PERPLEXITY_AND_SIZE),
+    ]
+
+
+def _task_column(rows: Sequence[Row], task: str) -> Column:
+    texts = [accuracy_text(row.variant.tasks.get(task) if row.variant else None) for row in rows]
+    return Column(f"{task}\n%", _with_best(rows, texts, lowest=False), TASKS)
+
+
+def _size_column(rows: Sequence[Row], unit_bytes: int, unit: str) -> Column:
+    texts = []
+    for row in rows:
+        dense = row.metrics.dense.bytes.with_overhead if row.metrics else None
+        texts.append(bytes_text(row.variant.bytes.with_overhead if row.variant else None, dense, unit_bytes))
+    return Column(f"{unit} with\noverhead", _with_best(rows, texts, lowest=True), PERPLEXITY_AND_SIZE)
+
+
+def _with_best(rows: Sequence[Row], texts: Sequence[str], lowest: bool) -> list[Cell]:
+    """Cells in which the best number among rivals is marked, unless all of them read the same."""
+    seen: dict[tuple[str, float], set[float]] = {}
+    numbers = [_leading_number(text) for text in texts]
+    for row, number in zip(rows, numbers, strict=True):
+        if row.rivals is not None and number is not None:
+            seen.setdefault(row.rivals, set()).add(number)
+    best_of = {rivals: min(found) if lowest else max(found) for rivals, found in seen.items() if len(found) > 1}
+    return [
+        Cell(text, best=number is not None and row.rivals is not None and best_of.get(row.rivals) == number)
+        for row, text, number in zip(rows, texts, numbers, strict=True)
+    ]
+
+
+def _leading_number(text: str) -> float | None:
+    """The number as it is shown, so that values which read the same count as equal; None where nothing was measured."""
+    number = math.nan if text == MISSING else float(text.split()[0])
+    return None if math.isnan(number) else number
+
+
+def _status(run: Run) -> str:
+    if run.results is not None:
+        return "success"
+    if run.error is not None:
+        first_line = run.error.message.partition("\n")[0]
+        return f"{run.status}: {run.error.type}: {first_line}"
+    return f"{run.status}, no metrics.json" if run.metrics is None else run.status
+
+
+def _caption(runs: Sequence[Run], measured: Sequence[Metrics], any_best: bool) -> str:
+    values = {key: setting_values(runs, key) for key in SETTINGS}
+    stated = [key for key in SETTINGS if key in ALWAYS_STATED or len(values[key]) == 1]
+    settings = "; ".join(f"{key} {', '.join(values[key]) or 'unknown'}" for key in stated)
+    sentences = [
+        f"{settings[0].upper()}{settings[1:]}.",
+        f"Ratio: {RATIO_MEANING}.",
+        SHOWN_VARIANT,
+        *_unequal_dense(measured),
+    ]
+    if any_best:
+        sentences.append("Bold: best of the runs of one model and ratio.")
+    return " ".join(sentences)
+
+
+def _unequal_dense(measured: Sequence[Metrics]) -> list[str]:
+    sentences = []
+    for model in dict.fromkeys(metrics.model for metrics in measured):
+        dense = [metrics.dense.mean_perplexity for metrics in measured if metrics.model == model]
+        low, high = perplexity_text(min(dense)), perplexity_text(max(dense))
+        if low != high:
+            sentences.append(
+                f"Dense {model} measured {low} to {high} over the runs; the first is shown, and each run is compared "
+                "with its own."
+            )
+    return sentences

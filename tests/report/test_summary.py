@@ -1,0 +1,118 @@
+"""The takeaway of a sweep, and the reports as files."""
+
+import csv
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from moeprune.report.results import load_sweep
+from moeprune.report.summary import takeaway, write_run_report, write_sweep_report
+
+
+@pytest.fixture
+def console():
+    return Console(file=io.StringIO(), width=120)
+
+
+@pytest.mark.parametrize("winner", ["moe_slimming", "reap", "random"])
+def test_the_takeaway_follows_the_numbers(tmp_path, write_run, winner):
+    number = 0
+    for ratio in (0.25, 0.5):
+        for method in ("moe_slimming", "reap", "random"):
+            write_run(
+                tmp_path / str(number), harm=1.0 if method == winner else 2.0 + number, method=method, ratio=ratio
+            )
+            number += 1
+    text = takeaway(load_sweep(tmp_path))
+    assert text.startswith(f"tiny_qwen3_moe at ratio 0.5 with quantizer nf4: {winner} (run ")
+    assert "has the lowest mean perplexity of 3 runs, 32.50 (1.300 times dense)" in text
+    assert "takes 1.42 MB with overhead against 8.60 MB dense (6.06 times smaller)" in text
+
+
+def test_the_takeaway_compares_only_where_methods_meet(tmp_path, write_run):
+    write_run(tmp_path / "0", method="reap", ratio=0.25)
+    write_run(tmp_path / "1", method="random", ratio=0.25, harm=2.0)
+    write_run(tmp_path / "2", method="reap", ratio=0.75)
+    assert takeaway(load_sweep(tmp_path)) == (
+        "tiny_qwen3_moe at ratio 0.25 with quantizer nf4: reap (run 0) has the lowest mean perplexity of 2 runs, 27.62 "
+        "(1.105 times dense); random (run 1) follows with 29.25 (5.9% higher). "
+        "reap (run 0) takes 1.89 MB with overhead against 8.60 MB dense (4.55 times smaller)."
+    )
+
+
+def test_the_takeaway_of_one_run_claims_no_rank(tmp_path, write_run):
+    write_run(tmp_path / "0", method=None, quantizer="none")
+    assert takeaway(load_sweep(tmp_path)) == (
+        "tiny_qwen3_moe at ratio 0.5 without quantizer: attribution + coverage (run 0) is the only run, with mean "
+        "perplexity 31.25 (1.250 times dense). attribution + coverage (run 0) takes 5.68 MB with overhead against "
+        "8.60 MB dense (1.52 times smaller)."
+    )
+
+
+def test_the_takeaway_tells_ties_infinities_and_unfinished_runs(tmp_path, write_run):
+    for number, method in enumerate(("reap", "random", "frequency")):
+        write_run(tmp_path / str(number), method=method)
+    write_run(tmp_path / "3", error=("BudgetError", "too much"))
+    assert "all 3 runs have the same mean perplexity, 32.50" in takeaway(load_sweep(tmp_path))
+    metrics = json.loads((tmp_path / "2" / "metrics.json").read_text())
+    metrics["variants"][-1]["mean_perplexity"] = math.nan
+    (tmp_path / "2" / "metrics.json").write_text(json.dumps(metrics))
+    text = takeaway(load_sweep(tmp_path))
+    assert "reap (run 0) and random (run 1) share the lowest mean perplexity of 3 runs, 32.50" in text
+    assert "frequency (run 2) follows with one that is not finite" in text
+    assert text.endswith("Not compared, for want of results: run 3 (failed).")
+
+
+def test_what_varies_beside_the_method_is_named(tmp_path, write_run):
+    write_run(tmp_path / "0", scorer="wanda", recovery="none")
+    write_run(tmp_path / "1", scorer="attribution", recovery="dora", harm=2.0)
+    text = takeaway(load_sweep(tmp_path))
+    assert "moe_slimming (wanda + coverage), recovery none (run 0) has the lowest" in text
+    assert "moe_slimming (attribution + coverage), recovery dora (run 1) follows" in text
+
+
+def test_the_sweep_report_writes_three_files_and_tells_where(tmp_path, write_run, console):
+    write_run(tmp_path / "0", method="reap")
+    write_run(tmp_path / "1", method="random", harm=3.0)
+    write_run(tmp_path / "2", error=("BudgetError", "too much\nlower it"), overrides=("ratio=0.99",))
+    written = write_sweep_report(tmp_path, console)
+    assert [path.name for path in written] == ["sweep.md", "sweep.csv", "perplexity_vs_bytes.png"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == sorted(path.name for path in written)
+    shown = console.file.getvalue()
+    assert all(str(path) in shown for path in written)
+    assert "reap (run 0) has the lowest" in (tmp_path / "sweep.md").read_text()
+    rows = list(csv.DictReader((tmp_path / "sweep.csv").open(newline="")))
+    assert [(row["run"], row["variant"]) for row in rows] == [
+        *((run, variant) for run in "01" for variant in ("dense", "pruned", "pruned+nf4")),
+        ("2", ""),
+    ]
+    assert float(rows[2]["mean_perplexity"]) == 32.5
+    assert float(rows[2]["tasks.word_order.accuracy"]) == pytest.approx(0.83)
+    assert int(rows[2]["bytes.with_overhead"]) == 1_419_000
+    assert rows[-1]["error"] == "BudgetError: too much\nlower it"
+
+
+def test_a_sweep_in_which_all_failed_is_still_reported(tmp_path, write_run, console):
+    write_run(tmp_path / "0", error=("BudgetError", "too much"))
+    written = write_sweep_report(tmp_path, console)
+    assert [path.name for path in written] == ["sweep.md", "sweep.csv"]
+    assert "failed: BudgetError: too much" in console.file.getvalue()
+
+
+def test_the_run_report_writes_its_tables(tmp_path, write_run, console):
+    run_dir = write_run(tmp_path / "0")
+    assert write_run_report(run_dir, console) == [run_dir / "table.md"]
+    text = (run_dir / "table.md").read_text()
+    for part in ("| pruned+nf4 |", "### Stages", "| ab12cd34ef56 |"):
+        assert part in text
+    assert "pruned+nf4" in console.file.getvalue()
+
+
+def test_the_report_of_a_failed_run_is_its_error(tmp_path, write_run, console):
+    run_dir = write_run(tmp_path / "0", error=("BudgetError", "too much"))
+    assert write_run_report(run_dir, console) == []
+    assert console.file.getvalue() == "Run 0: failed: BudgetError: too much\n"
+    assert not (run_dir / "table.md").exists()

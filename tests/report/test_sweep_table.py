@@ -1,0 +1,77 @@
+"""The table of a sweep, against golden Markdown."""
+
+import json
+from pathlib import Path
+
+from moeprune.report.results import load_sweep
+from moeprune.report.sweep_table import sweep_table
+from moeprune.report.tables import Table, markdown
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def texts(table: Table, head: str) -> list[str]:
+    return next([cell.text for cell in column.cells] for column in table.columns if column.head == head)
+
+
+def best(table: Table, head: str) -> list[str]:
+    return next([cell.text for cell in column.cells if cell.best] for column in table.columns if column.head == head)
+
+
+def test_sweep_with_a_failed_run(tmp_path, write_run):
+    for number, (method, ratio) in enumerate([("reap", 0.25), ("reap", 0.5), ("random", 0.25), ("random", 0.5)]):
+        write_run(tmp_path / str(number), harm=5.0 if method == "random" else 1.0, method=method, ratio=ratio)
+    error = ("BudgetError", "ratio 0.99 leaves 3 experts, top-k needs 4.\nLower the ratio.")
+    write_run(tmp_path / "4", error=error, overrides=("method=reap", "ratio=0.99"))
+    assert markdown(sweep_table(load_sweep(tmp_path))) == (GOLDEN / "sweep.md").read_text()
+
+
+def test_sweep_of_one_run(tmp_path, write_run):
+    write_run(tmp_path / "0")
+    assert markdown(sweep_table(load_sweep(tmp_path))) == (GOLDEN / "sweep_of_one_run.md").read_text()
+
+
+def test_each_model_has_its_dense_row_and_its_own_best(tmp_path, write_run):
+    for number, model in enumerate(["tiny_qwen3_moe", "tiny_deepseek_v2"] * 2):
+        write_run(tmp_path / str(number), model=model, method=f"method_{number}", harm=1.0 + number)
+    table = sweep_table(load_sweep(tmp_path))
+    assert texts(table, "run") == ["dense", "0", "2", "dense", "1", "3"]
+    assert texts(table, "model") == ["tiny_qwen3_moe"] * 3 + ["tiny_deepseek_v2"] * 3
+    assert best(table, "mean\nperplexity") == ["32.50", "39.00"]
+    assert best(table, "word_order\n%") == ["83.0 ± 2.0", "78.0 ± 2.0"]
+    assert best(table, "MB with\noverhead") == []
+
+
+def test_values_that_read_the_same_are_all_best(tmp_path, write_run):
+    for number, harm in enumerate((1.0, 1.0001, 2.0)):
+        write_run(tmp_path / str(number), harm=harm, seed=number)
+    assert best(sweep_table(load_sweep(tmp_path)), "mean\nperplexity") == ["32.50", "32.50"]
+
+
+def test_overrides_that_vary_are_columns(tmp_path, write_run):
+    write_run(tmp_path / "0", overrides=("ratio=0.5", "allocator.step=0.10", "tracking=none"))
+    write_run(tmp_path / "1", overrides=("ratio=0.50", "tracking=none"))
+    table = sweep_table(load_sweep(tmp_path))
+    assert texts(table, "allocator.step") == ["-", "0.1", "default"]
+    assert [column.head for column in table.columns[:3]] == ["run", "allocator.step", "mean\nperplexity"]
+
+
+def test_runs_that_ended_otherwise_say_how(tmp_path, write_run):
+    for name in ("0", "1"):
+        write_run(tmp_path / name)
+    (tmp_path / "0" / "metrics.json").unlink()
+    (tmp_path / "1" / "manifest.json").write_text(json.dumps({"status": "running", "error": None}))
+    table = sweep_table(load_sweep(tmp_path))
+    assert texts(table, "status") == ["success, no metrics.json", "running"]
+    assert texts(table, "mean\nperplexity") == ["-", "-"]
+
+
+def test_dense_measured_differently_is_told(tmp_path, write_run):
+    for name in ("0", "1"):
+        write_run(tmp_path / name)
+    metrics = json.loads((tmp_path / "1" / "metrics.json").read_text())
+    metrics["variants"][0]["mean_perplexity"] = 26.0
+    (tmp_path / "1" / "metrics.json").write_text(json.dumps(metrics))
+    table = sweep_table(load_sweep(tmp_path))
+    assert "Dense tiny_qwen3_moe measured 25.00 to 26.00" in table.caption
+    assert texts(table, "perplexity\n/ dense") == ["1.000", "1.300", "1.250"]
