@@ -19,10 +19,11 @@ from moeprune.errors import NumericalError
 
 @dataclass(frozen=True)
 class Scores:
-    """How much each part of the routed experts matters; float64, higher is more useful. Raises NumericalError for NaN or infinity.
+    """How much each part of the routed experts matters; float64, higher is more useful.
 
     ``channel_LEC`` ranks channels inside an expert; None from a scorer that ranks whole experts only.
     ``expert_LE`` ranks experts inside a layer. ``layer_L`` is the block-local loss of the layer (at least 0).
+    Raises NumericalError for NaN or infinity.
     """
 
     channel_LEC: Tensor | None

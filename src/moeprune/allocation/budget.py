@@ -8,7 +8,7 @@ from moeprune.errors import BudgetError, InputError
 
 @dataclass(frozen=True)
 class Budget:
-    """Channels to keep over all routed experts of a model with ``layers`` MoE layers of ``experts`` experts of ``width``.
+    """Channels to keep over the routed experts of ``layers`` MoE layers with ``experts`` experts of ``width`` each.
 
     ``ratio`` is the fraction of routed-expert channels to remove. Kept counts are multiples of ``alignment``; an expert
     keeps none or at least ``minimum_width``; at least ``top_k`` experts of a layer stay. What is kept is rounded up to

@@ -18,7 +18,7 @@ def require_channel_scores(scores: Scores, allocator: str) -> Tensor:
 
 
 def best_channels_plan(channel_LEC: Tensor, widths_LE: Tensor, note: str) -> Plan:
-    """The plan that keeps the ``widths_LE[l, e]`` highest-scored channels of each expert; ties go to the lower index."""
+    """The plan that keeps the ``widths_LE[l, e]`` best channels of each expert; ties go to the lower index."""
     order_LEC = channel_LEC.argsort(dim=-1, descending=True, stable=True)
     kept = tuple(
         tuple(order_LEC[layer, expert, :width].sort().values for expert, width in enumerate(widths))

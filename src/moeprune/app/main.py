@@ -1,4 +1,4 @@
-"""The commands ``moeprune`` and ``moeprune-train``. Nothing heavy is imported before the config is known to be sound."""
+"""The commands ``moeprune`` and ``moeprune-train``. Nothing heavy is imported before the config is sound."""
 
 import os
 import sys

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from hydra.utils import get_method, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from moeprune.embedded import architectures
 from moeprune.embedded.recipe import train_embedded_model
@@ -22,7 +22,7 @@ def run_training(config: DictConfig) -> None:
     torch.set_num_threads(config.threads)
     folder = train_embedded_model(
         get_method(f"{architectures.__name__}.{config.architecture}"),
-        OmegaConf.to_container(config.domain_weights),
+        dict(config.domain_weights),
         instantiate(config.settings),
         Path(config.run_dir),
     )

@@ -109,9 +109,7 @@ class LayerRecorder:
             h_nC = self._experts.act_fn(gate_nC) * up_nC
             f_nH = h_nC @ self._experts.down_proj[expert].T
             gate_n = routed.gate_A[rows]
-            self._passes.append(
-                _ExpertPass(expert, routed.token_A[rows], gate_n, x_nH, gate_nC, up_nC, h_nC, f_nH)
-            )
+            self._passes.append(_ExpertPass(expert, routed.token_A[rows], gate_n, x_nH, gate_nC, up_nC, h_nC, f_nH))
         self._mixed_TH = combine(torch.cat([one.f_nH for one in self._passes]), routed, len(hidden_TH))
         return self._mixed_TH
 

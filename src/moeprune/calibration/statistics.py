@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from moeprune.calibration.recorder import LayerRecorder
 from moeprune.calibration.windows import TokenWindows
@@ -60,7 +61,7 @@ class Statistics:
 
 
 @torch.no_grad()
-def collect_statistics(model: nn.Module, windows: TokenWindows, batch_size: int) -> Statistics:
+def collect_statistics(model: PreTrainedModel, windows: TokenWindows, batch_size: int) -> Statistics:
     """Run every calibration window once through the model without its head, and record all MoE layers.
 
     The model is left as it was. Cost: one forward pass plus about a third of the routed experts' multiplications.

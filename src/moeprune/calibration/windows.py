@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,7 +26,7 @@ class WindowBatches(Sequence[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return -(-len(self._windows.input_ids_NT) // self._batch_size)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    def __getitem__(self, index: Any) -> Any:
         if index >= len(self):
             raise IndexError(index)
         rows = slice(index * self._batch_size, (index + 1) * self._batch_size)

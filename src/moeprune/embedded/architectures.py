@@ -13,7 +13,7 @@ def tiny_qwen3_moe() -> PreTrainedConfig:
         num_hidden_layers=4,
         num_attention_heads=6,
         num_key_value_heads=2,
-        head_dim=32,
+        head_dim=32,  # type: ignore[call-arg]
         num_experts=16,
         num_experts_per_tok=4,
         moe_intermediate_size=96,

@@ -50,7 +50,7 @@ def _held_out(domain: str, part: str) -> list[str]:
 
 def _blocks(domain: str, part: str) -> Sequence[str]:
     lines = domain_lines(domain)
-    chosen = []
+    chosen: list[str] = []
     for start in range(0, len(lines), BLOCK_LINES):
         if _part_of_block(start // BLOCK_LINES) == part:
             chosen.extend(lines[start : start + BLOCK_LINES])

@@ -42,7 +42,7 @@ def train_embedded_model(
     model = untrained_model(config, settings.seed)
     train(model, windows, settings, run_dir)
     folder = run_dir / "model"
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
     tokenizer.save_pretrained(folder)
     return folder
 

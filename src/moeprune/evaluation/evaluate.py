@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeprune.calibration.sample import TextSource
 from moeprune.calibration.windows import windows_of_text
@@ -29,7 +28,7 @@ class Evaluation:
     tasks: Sequence[str] = ()
     task_items: int | None = None
 
-    def __call__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """``{"perplexity", "perplexity_tokens", "mean_perplexity", "tasks"}``; the mean is geometric over texts."""
         values, tokens = {}, {}
         for name, text in self.source.read().items():

@@ -1,14 +1,12 @@
 """lm-eval tasks on a model in memory; those that ship with the package need no network."""
 
-import logging
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeprune.errors import InputError
 
@@ -22,7 +20,7 @@ def shipped_tasks() -> list[str]:
 
 
 def task_accuracies(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], items: int | None, batch_size: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], items: int | None, batch_size: int
 ) -> dict[str, dict[str, float]]:
     """``{task: {"accuracy", "stderr", "n"}}`` with lm-eval's own standard error of the mean.
 
@@ -44,7 +42,8 @@ def task_accuracies(
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-    language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=_max_length(model))
+    limit = model.config.max_position_embeddings
+    language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=limit)
     answers = evaluate(language_model, loaded, limit=items, bootstrap_iters=BOOTSTRAP_SAMPLES, log_samples=False)
     return {task: _accuracy(answers["results"][task], answers["n-samples"][task]["effective"]) for task in tasks}
 
@@ -63,7 +62,3 @@ def _shipped_config(task: str) -> dict[str, Any]:
 
 def _tasks_folder() -> Path:
     return Path(str(files("moeprune.resources"))) / "tasks"
-
-
-def _max_length(model: nn.Module) -> int:
-    return int(model.config.max_position_embeddings)

@@ -6,6 +6,7 @@ Axis letters: E routed experts, C intermediate channels of an expert, H hidden s
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,8 @@ class MoeLayer:
 
     name: str  # of the experts module in the model
     decoder_layer: nn.Module
-    router: nn.Module
-    experts: nn.Module
+    router: Any
+    experts: Any
 
     @property
     def expert_count(self) -> int:
@@ -65,8 +66,8 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no routed experts that this version can prune.\n"
-            "Looked for: a decoder layer with an experts module (gate_up_proj [E, 2C, H], down_proj [E, H, C]) beside a "
-            "router (weight [E, H], top_k).\nUse a Mixture-of-Experts checkpoint of the Qwen-MoE or DeepSeek families."
+            "Looked for: a decoder layer with an experts module (gate_up_proj [E, 2C, H], down_proj [E, H, C]) beside "
+            "a router (weight [E, H], top_k).\nUse a Mixture-of-Experts checkpoint of the Qwen-MoE or DeepSeek families."
         )
     return found
 
@@ -93,7 +94,7 @@ def _is_router(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def keep_router_rows(router: nn.Module, live: Tensor) -> None:
+def keep_router_rows(router: Any, live: Tensor) -> None:
     """Keep the rows and per-expert biases of a router for the experts in ``live`` (int64 indices), in place."""
     expert_count = router.weight.shape[0]
     for name, values in [*router.named_parameters(recurse=False), *router.named_buffers(recurse=False)]:

@@ -1,8 +1,8 @@
 """Writes and reads compressed models: config, tokenizer, safetensors of the true shapes, and their structure as JSON.
 
-    config.json            the family's own config
-    structure.json         widths of the experts of each MoE layer, and which matrices are in four bits
-    model.safetensors      the weights
+config.json            the family's own config
+structure.json         widths of the experts of each MoE layer, and which matrices are in four bits
+model.safetensors      the weights
 """
 
 import json
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,7 +25,7 @@ from transformers import (
 
 from moeprune.errors import ModelError
 from moeprune.models.adapter import MoeLayer, keep_router_rows, moe_layers
-from moeprune.models.four_bit import FourBitWeights, stored_four_bit_linear
+from moeprune.models.four_bit import FourBitWeights, quantized_shape, stored_four_bit_linear
 from moeprune.models.ragged import PackedWeights, RaggedExperts
 
 STRUCTURE = "structure.json"
@@ -45,9 +44,7 @@ class Structure:
 def structure_of(model: nn.Module) -> Structure:
     """The structure of a model in memory whose experts are ragged."""
     quantized = {
-        name: tuple(module.quant_state.shape)
-        for name, module in model.named_modules()
-        if isinstance(module, Linear4bit)
+        name: quantized_shape(module) for name, module in model.named_modules() if isinstance(module, Linear4bit)
     }
     return Structure({layer.name: layer.widths for layer in moe_layers(model)}, quantized)
 

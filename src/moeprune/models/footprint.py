@@ -10,6 +10,7 @@ from torch import nn
 
 from moeprune.models.adapter import moe_layers
 from moeprune.models.checkpoint import STRUCTURE
+from moeprune.models.four_bit import quantized_shape
 from moeprune.models.shape import read_header, weight_files
 
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8}
@@ -46,7 +47,7 @@ def count_parameters(model: nn.Module) -> Parameters:
     total = sum(parameter.numel() for parameter in model.parameters() if parameter.dtype.is_floating_point)
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            total += prod(module.quant_state.shape)
+            total += prod(quantized_shape(module))
     routed = used = 0.0
     for layer in moe_layers(model):
         channel_parameters = 3 * layer.hidden_size

@@ -1,6 +1,7 @@
 """Linear layers and ragged experts whose weights are stored in four bits (bitsandbytes NF4)."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
@@ -13,14 +14,15 @@ def four_bit_linear(weight_OI: Tensor, bias_O: Tensor | None, *, block_size: int
     """A linear layer with ``weight_OI`` rounded to NF4 in blocks of ``block_size``; ``nested`` also quantises the
     scales (double quantisation)."""
     layer = _empty_linear(weight_OI.shape[1], weight_OI.shape[0], bias_O is not None, nested, weight_OI.dtype)
-    layer.weight = Params4bit(
+    weight: Any = Params4bit(
         weight_OI.detach().contiguous(),
         requires_grad=False,
         blocksize=block_size,
         compress_statistics=nested,
         quant_type="nf4",
         module=layer,
-    ).to(weight_OI.device)
+    )
+    layer.weight = weight.to(weight_OI.device)
     if bias_O is not None:
         layer.bias = nn.Parameter(bias_O.detach(), requires_grad=False)
     return layer
@@ -34,8 +36,9 @@ def stored_four_bit_linear(name: str, tensors: Mapping[str, Tensor], dtype: torc
     weight = tensors[prefix]
     layer = _empty_linear(1, 1, False, "nested_absmax" in state, dtype)
     layer.weight = Params4bit.from_prequantized(weight, state, device=weight.device, module=layer)
-    layer.quant_state.dtype = dtype
-    layer.out_features, layer.in_features = layer.quant_state.shape
+    state_of_layer: Any = layer.quant_state
+    state_of_layer.dtype = dtype
+    layer.out_features, layer.in_features = state_of_layer.shape
     if bias is not None:
         layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
     return layer
@@ -45,6 +48,12 @@ def _empty_linear(inputs: int, outputs: int, bias: bool, nested: bool, dtype: to
     return Linear4bit(
         inputs, outputs, bias, compute_dtype=dtype, compress_statistics=nested, quant_type="nf4", device="meta"
     )
+
+
+def quantized_shape(layer: Linear4bit) -> tuple[int, int]:
+    """The [out, in] shape of the weight that the layer stands for."""
+    state: Any = layer.quant_state
+    return tuple(state.shape)
 
 
 class FourBitWeights(nn.Module):

@@ -9,6 +9,7 @@ All experts of a layer share two flat parameters; an expert is a contiguous slic
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,8 @@ class RaggedExperts(nn.Module):
     ``weights`` computes an expert's projections (`PackedWeights`, or its quantised counterpart); only experts that got
     a token are visited.
     """
+
+    weights: Any
 
     def __init__(self, weights: nn.Module, widths: Sequence[int], act_fn: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

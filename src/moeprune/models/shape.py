@@ -1,4 +1,4 @@
-"""Where a checkpoint lies and how its experts are shaped, read without torch, so that a wrong request is refused at once."""
+"""Where a checkpoint lies and how its experts are shaped; needs no torch, so a wrong request is refused at once."""
 
 import json
 import re
@@ -90,7 +90,8 @@ def weight_files(folder: Path) -> list[Path]:
     missing = sorted(name for name in names if not (folder / name).exists())
     if missing:
         raise ModelError(
-            f"{folder} lacks {', '.join(missing[:3])}.\nOnly safetensors checkpoints are read; download the missing files."
+            f"{folder} lacks {', '.join(missing[:3])}.\n"
+            "Only safetensors checkpoints are read; download the missing files."
         )
     return [folder / name for name in sorted(names)]
 

@@ -82,7 +82,7 @@ class ModelSource:
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"The checkpoint in {folder} cannot be loaded: {error}") from error
         moe_layers(model)
-        return model.to(self.placement).eval()
+        return model.to(self.placement).eval()  # type: ignore[arg-type]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.folder(), local_files_only=True)

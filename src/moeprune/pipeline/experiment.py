@@ -21,7 +21,7 @@ ModelTransform = Callable[[PreTrainedModel], PreTrainedModel]
 class Experiment:
     """Model -> calibration -> scorer -> allocator at ``ratio`` -> recovery -> quantizer -> evaluation.
 
-    ``ratio`` is the fraction of routed-expert channels to remove. ``recovery`` and ``quantizer`` are left out when None.
+    ``ratio`` is the fraction of routed-expert channels to remove. ``recovery`` and ``quantizer`` may be None.
     """
 
     model: ModelSource

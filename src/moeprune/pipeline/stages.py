@@ -108,7 +108,8 @@ def evaluate(cache: StageCache, experiment: Experiment, name: str, model: Artifa
 
 def load_model(experiment: Experiment, model: Artifact) -> PreTrainedModel:
     """A compressed model of the cache on the experiment's device."""
-    return load_compressed(model.folder, experiment.model.computation_dtype).to(experiment.model.placement)
+    loaded = load_compressed(model.folder, experiment.model.computation_dtype)
+    return loaded.to(experiment.model.placement)  # type: ignore[arg-type]
 
 
 def _save_model(model: PreTrainedModel, experiment: Experiment, folder: Path) -> None:

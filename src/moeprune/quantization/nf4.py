@@ -6,6 +6,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from moeprune.errors import ModelError
 from moeprune.models.adapter import moe_layers
@@ -26,7 +27,7 @@ class NF4Quantizer:
     double_quantization: bool = False
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module) -> nn.Module:
+    def __call__(self, model: PreTrainedModel) -> PreTrainedModel:
         """Quantise a pruned model in place. Raises ModelError when a matrix that should be in four bits is not."""
         for layer in tqdm(moe_layers(model), desc="quantize", unit="layer"):
             ragged = layer.experts
@@ -41,7 +42,8 @@ class NF4Quantizer:
         return model
 
     def _quantized_experts(self, ragged: RaggedExperts) -> FourBitWeights:
-        packed: PackedWeights = ragged.weights
+        packed = ragged.weights
+        assert isinstance(packed, PackedWeights)
         experts = range(len(ragged.widths))
         return FourBitWeights(
             [self._linear(packed.gate_up_of(expert), None) for expert in experts],
@@ -52,7 +54,7 @@ class NF4Quantizer:
         return four_bit_linear(weight, bias, block_size=self.block_size, nested=self.double_quantization)
 
 
-def _check_quantized(model: nn.Module) -> None:
+def _check_quantized(model: PreTrainedModel) -> None:
     """Libraries skip shapes silently; every linear layer and every expert must have changed type."""
     head = model.get_output_embeddings()
     left = [name for name, module in model.named_modules() if type(module) is nn.Linear and module is not head]

@@ -1,7 +1,10 @@
 """Cuts a model to a plan: expert channels, whole experts and their router rows."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from moeprune.errors import InputError
 from moeprune.models.adapter import MoeLayer, keep_router_rows, moe_layers
@@ -10,7 +13,7 @@ from moeprune.types import Plan
 
 
 @torch.no_grad()
-def prune(model: nn.Module, plan: Plan) -> nn.Module:
+def prune(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """Remove in place what the plan does not keep; returns the model.
 
     Channel c of an expert is row c of its gate and up projections and column c of its down projection. An expert that
@@ -45,7 +48,7 @@ def _prune_layer(model: nn.Module, layer: MoeLayer, kept: tuple[Tensor, ...]) ->
         keep_router_rows(layer.router, torch.tensor(live))
 
 
-def _packed(experts: nn.Module, kept: tuple[Tensor, ...], live: list[int]) -> PackedWeights:
+def _packed(experts: Any, kept: tuple[Tensor, ...], live: list[int]) -> PackedWeights:
     gate_up, down = experts.gate_up_proj, experts.down_proj
     hidden, width = down.shape[1], down.shape[2]
     packed = PackedWeights([len(kept[e]) for e in live], hidden, device=down.device, dtype=down.dtype)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
+import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class TrainingSettings:
     log_every: int = 20
 
 
-class LanguageModelTraining(L.LightningModule):
+class LanguageModelTraining(lightning.LightningModule):
     """Next-token cross-entropy plus ``balance_weight`` times the per-layer load-balancing loss."""
 
     def __init__(self, model: nn.Module, windows: Dataset[Tensor], settings: TrainingSettings) -> None:
@@ -77,18 +77,18 @@ def rate_factor(step: int, settings: TrainingSettings) -> float:
     return min(warm, max(0.0, (settings.steps - step) / decay_steps))
 
 
-class LossCurve(L.Callback):
-    """Appends ``{"step", "loss", "balance"}`` lines, means over ``log_every`` steps; a resumed run rewrites its tail."""
+class LossCurve(lightning.Callback):
+    """Appends ``{"step", "loss", "balance"}``, means over ``log_every`` steps; a resumed run rewrites its tail."""
 
     def __init__(self, path: Path, log_every: int) -> None:
         self._path, self._log_every = path, log_every
         self._window: list[tuple[float, float]] = []
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         kept = [line for line in self._lines() if json.loads(line)["step"] <= trainer.global_step]
         self._path.write_text("".join(f"{line}\n" for line in kept))
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_args: Any, **_kwargs: Any) -> None:
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_args: Any, **_kwargs: Any) -> None:
         metrics = trainer.callback_metrics
         self._window.append((float(metrics["loss"]), float(metrics["balance"])))
         if trainer.global_step % self._log_every == 0:
@@ -106,13 +106,13 @@ def train(model: nn.Module, windows: Dataset[Tensor], settings: TrainingSettings
 
     Raises NumericalError when the loss is not finite; the last checkpoint then stays.
     """
-    L.seed_everything(settings.seed, verbose=False)
+    lightning.seed_everything(settings.seed, verbose=False)
     run_dir.mkdir(parents=True, exist_ok=True)
     checkpoints = ModelCheckpoint(
         run_dir / "checkpoints", filename="last", every_n_train_steps=settings.checkpoint_every, save_top_k=1,
         enable_version_counter=False,
     )  # fmt: skip
-    trainer = L.Trainer(
+    trainer = lightning.Trainer(
         accelerator="auto",
         devices=1,
         max_steps=settings.steps,
@@ -123,6 +123,6 @@ def train(model: nn.Module, windows: Dataset[Tensor], settings: TrainingSettings
         default_root_dir=run_dir,
     )
     last = run_dir / "checkpoints" / "last.ckpt"
-    resumed = {"ckpt_path": last, "weights_only": True} if last.exists() else {}
-    trainer.fit(LanguageModelTraining(model, windows, settings), **resumed)
+    loop = LanguageModelTraining(model, windows, settings)
+    trainer.fit(loop, ckpt_path=last if last.exists() else None, weights_only=True)
     return model
