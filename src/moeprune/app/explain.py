@@ -1,5 +1,6 @@
 """Turns errors of Hydra and OmegaConf about a user's command into one message with the nearest valid choices."""
 
+import errno
 import re
 from pathlib import Path
 
@@ -22,6 +23,11 @@ def explained(error: Exception, config_folder: Path, config_name: str) -> Moepru
         return _unknown_key(error, config_folder, config_name)
     if isinstance(error, (OmegaConfBaseException, HydraException)):
         return InputError(str(error).splitlines()[0], change="See the composed config with --cfg job.")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return MoepruneError(
+            f"{error.filename or 'The run directory'} cannot be written: {error.strerror}.\n"
+            "Free some space, or choose other places with hydra.run.dir=/path and cache_dir=/path."
+        )
     return None
 
 

@@ -67,7 +67,7 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
         raise ModelError(
             f"{type(model).__name__} has no routed experts that this version can prune.\n"
             "Looked for: a decoder layer with an experts module (gate_up_proj [E, 2C, H], down_proj [E, H, C]) beside "
-            "a router (weight [E, H], top_k).\nUse a Mixture-of-Experts checkpoint of the Qwen-MoE or DeepSeek families."
+            "a router (weight [E, H], top_k).\nUse a checkpoint of the Qwen-MoE or DeepSeek families."
         )
     return found
 
