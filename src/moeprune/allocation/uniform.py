@@ -18,19 +18,24 @@ class UniformAllocator:
     their layer, layer after layer, so the budget is met exactly.
     """
 
+    def check(self, budget: Budget) -> int:
+        """The channels that every expert keeps at least. Raises BudgetError when that is less than the minimum width."""
+        width = budget.kept_channels // budget.alignment // (budget.layers * budget.experts) * budget.alignment
+        if width < budget.minimum_width:
+            raise BudgetError(
+                f"ratio={budget.ratio} leaves each expert {width} channels; the minimum width is "
+                f"{budget.minimum_width}.\nUse a smaller ratio, a smaller model.minimum_width, or allocator=coverage, "
+                "which can remove whole experts."
+            )
+        return width
+
     def __call__(self, scores: Scores, budget: Budget) -> Plan:
         channel_LEC = require_channel_scores(scores, "uniform")
         layers, experts, _ = channel_LEC.shape
         blocks = budget.kept_channels // budget.alignment
-        widths_LE = torch.full((layers, experts), blocks // (layers * experts) * budget.alignment)
+        widths_LE = torch.full((layers, experts), self.check(budget))
         rank_LE = scores.expert_LE.argsort(dim=1, descending=True, stable=True)
         for extra in range(blocks % (layers * experts)):
             expert = rank_LE[extra % layers, extra // layers]
             widths_LE[extra % layers, expert] += budget.alignment
-        if int(widths_LE.min()) < budget.minimum_width:
-            raise BudgetError(
-                f"ratio={budget.ratio} leaves each expert {int(widths_LE.min())} channels; the minimum width is "
-                f"{budget.minimum_width}.\nUse a smaller ratio, a smaller model.minimum_width, or allocator=coverage, "
-                "which can remove whole experts."
-            )
         return best_channels_plan(channel_LEC, widths_LE, budget.rounding_note)

@@ -17,7 +17,8 @@ class WholeExpertsAllocator:
     Raises BudgetError when fewer than top-k experts would stay.
     """
 
-    def __call__(self, scores: Scores, budget: Budget) -> Plan:
+    def check(self, budget: Budget) -> int:
+        """How many experts of each layer go. Raises BudgetError when too few would stay."""
         removed = math.floor(budget.ratio * budget.experts + 1e-9)
         if budget.experts - removed < budget.top_k:
             raise BudgetError(
@@ -26,6 +27,10 @@ class WholeExpertsAllocator:
                 f"Use a ratio of at most {math.floor((1 - budget.top_k / budget.experts) * 1e4) / 1e4}, or a channel "
                 "allocator such as allocator=coverage."
             )
+        return removed
+
+    def __call__(self, scores: Scores, budget: Budget) -> Plan:
+        removed = self.check(budget)
         every, none = torch.arange(budget.width), torch.arange(0)
         kept = []
         for expert_E in scores.expert_LE:

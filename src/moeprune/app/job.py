@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from moeprune.app.check import checked
@@ -27,16 +28,17 @@ def run_job(config: DictConfig) -> None:
         write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(settings, resolve=True))
         choices = {name: hydra.runtime.choices.get(name) for name in REPORTED_CHOICES}
         _run(settings, choices, run_dir)
+    # The jobs of a sweep leave the terminal to the sweep's own table.
+    _write_report(run_dir, quiet=hydra.mode is RunMode.MULTIRUN)
 
 
 def _run(config: DictConfig, choices: Mapping[str, str | None], run_dir: Path) -> None:
     # Everything heavy is imported here, after the config is known to be sound.
     from moeprune.app.build import build_experiment, build_optional
     from moeprune.app.provenance import provenance
-    from moeprune.app.terminal import quiet_libraries, terminal
+    from moeprune.app.terminal import quiet_libraries
     from moeprune.pipeline.cache import StageCache
     from moeprune.pipeline.run import run
-    from moeprune.report.summary import write_run_report
 
     quiet_libraries()
     write_atomically(run_dir / "provenance.json", json.dumps(provenance(config.seed), indent=1))
@@ -46,10 +48,17 @@ def _run(config: DictConfig, choices: Mapping[str, str | None], run_dir: Path) -
     shutil.copyfile(result.plan_file, run_dir / "plan.safetensors")
     metrics = {**choices, "ratio": config.ratio, "seed": config.seed, **result.as_metrics()}
     write_atomically(run_dir / "metrics.json", json.dumps(metrics, indent=1))
-    write_run_report(run_dir, terminal())
     if tracker is not None:
         tracker.log_run(_plain(config), metrics, run_dir)
     log.info("results in %s", run_dir)
+
+
+def _write_report(run_dir: Path, quiet: bool) -> None:
+    """Write the run's tables into its directory and, unless ``quiet``, print them."""
+    from moeprune.app.terminal import terminal
+    from moeprune.report.summary import write_run_report
+
+    write_run_report(run_dir, terminal(quiet))
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from rich.console import Console
 LOG_FILE_WIDTH = 120
 
 
-def terminal() -> Console:
+def terminal(quiet: bool = False) -> Console:
     """A console as wide as the terminal, or as a table needs where the output goes to a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=LOG_FILE_WIDTH)
+    console = Console(quiet=quiet)
+    return console if console.is_terminal else Console(width=LOG_FILE_WIDTH, quiet=quiet)
 
 
 def quiet_libraries() -> None:

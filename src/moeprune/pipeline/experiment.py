@@ -9,6 +9,7 @@ from moeprune.allocation.budget import Budget
 from moeprune.calibration.sample import Calibration
 from moeprune.calibration.statistics import Statistics
 from moeprune.evaluation.evaluate import Evaluation
+from moeprune.models.shape import read_shape
 from moeprune.models.source import ModelSource
 from moeprune.types import Plan, Scores
 
@@ -32,3 +33,23 @@ class Experiment:
     evaluation: Evaluation
     recovery: ModelTransform | None = None
     quantizer: ModelTransform | None = None
+
+    def budget(self) -> Budget:
+        """What ``ratio`` leaves on this model; needs its headers only.
+
+        Raises InputError or BudgetError for a request that the model or the allocator cannot meet.
+        """
+        shape = read_shape(self.model.folder())
+        budget = Budget(
+            ratio=self.ratio,
+            layers=shape.layers,
+            experts=shape.experts,
+            width=shape.width,
+            top_k=shape.top_k,
+            alignment=self.model.alignment,
+            minimum_width=self.model.minimum_width,
+        )
+        check = getattr(self.allocator, "check", None)
+        if check is not None:
+            check(budget)
+        return budget

@@ -6,12 +6,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from moeprune.allocation.budget import Budget
 from moeprune.calibration.statistics import Statistics, collect_statistics
 from moeprune.calibration.windows import TokenWindows
 from moeprune.models.checkpoint import load_compressed, save_compressed
 from moeprune.models.footprint import count_bytes, count_parameters
-from moeprune.models.shape import read_shape
 from moeprune.pipeline.cache import Artifact, StageCache
 from moeprune.pipeline.experiment import Experiment, ModelTransform
 from moeprune.surgery.prune import prune
@@ -51,17 +49,7 @@ def score(cache: StageCache, experiment: Experiment, statistics: Artifact) -> Ar
 
 def allocate(cache: StageCache, experiment: Experiment, scores: Artifact) -> Artifact:
     """Scores and budget -> plan."""
-    model = experiment.model
-    shape = read_shape(model.folder())
-    budget = Budget(
-        ratio=experiment.ratio,
-        layers=shape.layers,
-        experts=shape.experts,
-        width=shape.width,
-        top_k=shape.top_k,
-        alignment=model.alignment,
-        minimum_width=model.minimum_width,
-    )
+    budget = experiment.budget()
 
     def compute(folder: Path) -> None:
         plan = experiment.allocator(Scores.load(scores.folder / "scores.safetensors"), budget)

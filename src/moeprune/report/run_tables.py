@@ -81,11 +81,11 @@ def task_meaning(metrics: Sequence[Metrics]) -> str:
 
 def _run_caption(metrics: Metrics) -> str:
     dense, final, plan = metrics.dense.parameters, metrics.final.parameters, metrics.plan
-    named = f"method {metrics.method} (" if metrics.method else "("
+    chosen = f"scorer {metrics.scorer}, allocator {metrics.allocator}"
+    named = f"method {metrics.method} ({chosen})" if metrics.method else chosen
     sentences = [
-        f"Model {metrics.model}; {named}scorer {metrics.scorer}, allocator {metrics.allocator}); "
-        f"quantizer {metrics.quantizer}; recovery {metrics.recovery}; calibration {metrics.calibration}; "
-        f"seed {metrics.seed}.",
+        f"Model {metrics.model}; {named}; quantizer {metrics.quantizer}; recovery {metrics.recovery}; "
+        f"calibration {metrics.calibration}; seed {metrics.seed}.",
         f"Ratio {metrics.ratio:g}: {RATIO_MEANING}; removed here: {plan.removed_channels} of {plan.total_channels} "
         f"channels ({plan.removed_ratio:.4f}), {_percent_removed(dense.total, final.total)} of all parameters, "
         f"{_percent_removed(dense.active, final.active)} of those active per token.",
