@@ -12,7 +12,7 @@ class Budget:
 
     ``ratio`` is the fraction of routed-expert channels to remove. Kept counts are multiples of ``alignment``; an expert
     keeps none or at least ``minimum_width``; at least ``top_k`` experts of a layer stay. What is kept is rounded up to
-    a block, so never more than asked is removed.
+    what such widths can sum to, so never more than asked is removed.
 
     Raises InputError or BudgetError when these contradict each other.
     """
@@ -56,9 +56,11 @@ class Budget:
 
     @property
     def kept_channels(self) -> int:
-        """Multiple of ``alignment``, at least ``(1 - ratio) * total_channels``."""
+        """The fewest channels, at least ``(1 - ratio) * total_channels``, that experts of allowed widths can sum to."""
         # The tolerance keeps 1 - 0.9 from costing a block.
-        return self.alignment * math.ceil((1 - self.ratio) * self.total_channels / self.alignment - 1e-9)
+        asked = self.alignment * math.ceil((1 - self.ratio) * self.total_channels / self.alignment - 1e-9)
+        # One expert fewer cannot hold what was asked; so many may need more, where the minimum is near the width.
+        return max(asked, math.ceil(asked / self.width) * self.minimum_width)
 
     @property
     def least_channels(self) -> int:
@@ -67,9 +69,12 @@ class Budget:
 
     @property
     def rounding_note(self) -> str:
-        """What rounding to blocks changed about the request; empty when nothing."""
+        """What rounding changed about the request; empty when nothing."""
         asked = self.ratio * self.total_channels
         removed = self.total_channels - self.kept_channels
         if abs(asked - removed) < 1e-6 * self.total_channels:
             return ""
-        return f"asked to remove {asked:.1f} channels; whole blocks of {self.alignment} make it {removed}"
+        return (
+            f"asked to remove {asked:.1f} channels; blocks of {self.alignment}, and for an expert none or at least "
+            f"{self.minimum_width}, make it {removed}"
+        )

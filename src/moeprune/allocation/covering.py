@@ -5,8 +5,6 @@ from torch import Tensor
 
 from moeprune.allocation.selection import fewest_channels, sorted_coverage
 
-BISECTION_STEPS = 60
-
 
 def cover(scores_NC: Tensor, weight_N: Tensor, target: int, *, least: int) -> Tensor:
     """Counts k_n [N], int64, summing to ``target``, each at least ``least``.
@@ -23,12 +21,13 @@ def cover(scores_NC: Tensor, weight_N: Tensor, target: int, *, least: int) -> Te
         return fewest_channels(coverage_NC, (level * weight_N).clamp(max=1)).clamp(min=least, max=width)
 
     low, high = 0.0, 1 / float(weight_N[weight_N > 0].min())
-    for _ in range(BISECTION_STEPS):
-        middle = (low + high) / 2
-        if int(counts_at(middle).sum()) < target:
-            low = middle
-        else:
-            high = middle
+    # To the last bit: a row of hardly any weight makes ``high`` so large that a fixed number of steps blurs the others.
+    while low < (middle := (low + high) / 2) < high:
+        counts_N = counts_at(middle)
+        kept = int(counts_N.sum())
+        if kept == target:
+            return counts_N
+        low, high = (middle, high) if kept < target else (low, middle)
     return _corrected(counts_at(high), scores_NC, target, least)
 
 

@@ -19,7 +19,7 @@ class UniformAllocator:
     """
 
     def check(self, budget: Budget) -> int:
-        """The channels that every expert keeps at least. Raises BudgetError when that is less than the minimum width."""
+        """Channels that every expert keeps at least. Raises BudgetError when they are fewer than the minimum width."""
         width = budget.kept_channels // budget.alignment // (budget.layers * budget.experts) * budget.alignment
         if width < budget.minimum_width:
             raise BudgetError(

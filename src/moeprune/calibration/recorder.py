@@ -125,8 +125,9 @@ class LayerRecorder:
         self._passes.clear()
 
     def _reduce_expert(self, one: _ExpertPass, m_TH: Tensor, q_T: Tensor, valid_T: Tensor) -> None:
-        g_n, h_nC, f_nH = (_at_least_float32(values) for values in (one.weight_n, one.h_nC, one.f_nH))
+        h_nC, f_nH = _at_least_float32(one.h_nC), _at_least_float32(one.f_nH)
         valid_n, q_n = valid_T[one.token_n], q_T[one.token_n]
+        g_n = one.weight_n.to(q_n.dtype)  # some routers give float32 gates whatever the model's dtype
         down_HC = _at_least_float32(self._experts.down_proj[one.expert])
 
         h_sq_nC, f_sq_nH = h_nC.square(), f_nH.square()

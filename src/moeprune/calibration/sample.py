@@ -34,10 +34,12 @@ class Calibration:
     def sample(self, tokenizer: PreTrainedTokenizerBase) -> TokenWindows:
         """The calibration windows. Raises InputError when a text is missing, empty or too short for one window."""
         texts = self.source.read()
-        share = -(-self.windows // len(texts))
+        # What does not divide goes one window each to the first texts.
+        shares = [(self.windows + after) // len(texts) for after in reversed(range(len(texts)))]
         parts = [
             windows_of_text(tokenizer, text, name=name, count=share, length=self.sequence_length, seed=self.seed)
-            for name, text in texts.items()
+            for (name, text), share in zip(texts.items(), shares, strict=True)
+            if share
         ]
-        input_ids_NT = torch.cat([part.input_ids_NT for part in parts])[: self.windows]
+        input_ids_NT = torch.cat([part.input_ids_NT for part in parts])
         return TokenWindows(input_ids_NT, torch.ones_like(input_ids_NT))

@@ -34,7 +34,7 @@ class TextFiles:
     files: Mapping[str, str]
 
     def read(self) -> dict[str, str]:
-        """{name: text}. Raises InputError for a file that is missing, not UTF-8, or empty."""
+        """{name: text}. Raises InputError for a file that is missing, unreadable, not UTF-8, or empty."""
         return {name: self._read_file(name, Path(path)) for name, path in self.files.items()}
 
     def identity(self) -> dict[str, object]:
@@ -47,6 +47,10 @@ class TextFiles:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise InputError(f"Text {name!r}: {path} does not exist.", change="Give the path of a text file.") from None
+        except OSError as error:
+            raise InputError(
+                f"Text {name!r}: {path} cannot be read: {error.strerror}.", change="Give the path of a text file."
+            ) from None
         except UnicodeDecodeError:
             raise InputError(f"Text {name!r}: {path} is not UTF-8 text.", change="Convert it to UTF-8.") from None
         if not text.strip():

@@ -39,7 +39,7 @@ def validation_text(domain: str) -> str:
 
 
 def task_lines(domain: str) -> list[str]:
-    """Held-out lines that the tasks are built from; disjoint from the training and the validation text."""
+    """Held-out lines that the tasks are built from, disjoint from the training lines and the validation blocks."""
     return _held_out(domain, "tasks")
 
 

@@ -22,14 +22,14 @@ def train_embedded_model(
     settings: TrainingSettings,
     run_dir: Path,
 ) -> Path:
-    """Train one embedded model and write it, in bf16 with its tokenizer, to ``run_dir/model``; returns that folder.
+    """Train one embedded model and write it, in bf16 with its tokenizer, to ``run_dir/NAME``; returns that folder.
 
     A run that was interrupted goes on from its last checkpoint when it is started again with the same ``run_dir``.
     """
     config = architecture()
     texts = {domain: training_text(domain) for domain in domain_weights}
     tokenizer = train_tokenizer(texts.values(), config.vocab_size)
-    tokens_of = {domain: _token_ids(tokenizer, text) for domain, text in texts.items()}
+    tokens_of = {domain: token_ids(tokenizer, text) for domain, text in texts.items()}
     log.info("training tokens: %s", {domain: len(ids) for domain, ids in tokens_of.items()})
     windows = WindowMixture(
         tokens_of,
@@ -41,7 +41,7 @@ def train_embedded_model(
     )
     model = untrained_model(config, settings.seed)
     train(model, windows, settings, run_dir)
-    folder = run_dir / "model"
+    folder = run_dir / architecture.__name__
     model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
     tokenizer.save_pretrained(folder)
     return folder
@@ -55,7 +55,8 @@ def untrained_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     return model
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> np.ndarray:
+def token_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> np.ndarray:
+    """All tokens of a text, int32, without special tokens."""
     # Encoded in pieces: one call on megabytes of text is far slower than a batch of lines.
     lines = text.splitlines(keepends=True)
     pieces = ["".join(lines[start : start + 200]) for start in range(0, len(lines), 200)]

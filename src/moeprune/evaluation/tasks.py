@@ -38,14 +38,26 @@ def task_accuracies(
     unknown = [task for task in tasks if task not in shipped and task not in manager.all_tasks]
     if unknown:
         raise InputError(f"Task {unknown[0]!r} does not exist.", possible=sorted(shipped), given=unknown[0])
-    loaded = manager.load([_shipped_config(task) if task in shipped else task for task in tasks])
+    limit = model.config.max_position_embeddings
+    language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=limit)
+    accuracies = {}
+    # One call per task: in a common call, lm-eval's cache of logits mistakes requests of two tasks for each other when
+    # they are the same tokens split at different places.
+    for task in tasks:
+        spec = _shipped_config(task) if task in shipped else task
+        answers = evaluate(
+            language_model, _loaded(manager, spec), limit=items, bootstrap_iters=BOOTSTRAP_SAMPLES, log_samples=False
+        )
+        accuracies[task] = _accuracy(answers["results"][task], answers["n-samples"][task]["effective"])
+    return accuracies
+
+
+def _loaded(manager: Any, spec: str | dict[str, Any]) -> Any:
+    loaded = manager.load([spec])
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-    limit = model.config.max_position_embeddings
-    language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=limit)
-    answers = evaluate(language_model, loaded, limit=items, bootstrap_iters=BOOTSTRAP_SAMPLES, log_samples=False)
-    return {task: _accuracy(answers["results"][task], answers["n-samples"][task]["effective"]) for task in tasks}
+    return loaded
 
 
 def _accuracy(result: dict[str, Any], items: int) -> dict[str, float]:

@@ -86,7 +86,9 @@ def read_shape(folder: Path) -> ExpertShape:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint. Raises ModelError when there are none or some of the index are missing."""
     index = folder / "model.safetensors.index.json"
-    names = set(_read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    names = set(_read_json(index).get("weight_map", {}).values()) if index.exists() else {"model.safetensors"}
+    if not names:
+        raise ModelError(f"{index} is damaged: it names no weights.")
     missing = sorted(name for name in names if not (folder / name).exists())
     if missing:
         raise ModelError(
@@ -111,15 +113,18 @@ def read_header(file: Path) -> dict[str, dict]:
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if file.stat().st_size != 8 + length + end:
             raise ValueError(f"{8 + length + end} bytes were expected, {file.stat().st_size} are there")
-    except (ValueError, struct.error, KeyError) as error:
+    except (ValueError, struct.error, KeyError, TypeError) as error:
         raise ModelError(f"{file} is damaged: {error}.\nCopy or download it again.") from error
     return header
 
 
 def _read_json(file: Path) -> dict:
     try:
-        return json.loads(file.read_text())
+        values = json.loads(file.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("it holds no JSON object")
     except FileNotFoundError:
         raise ModelError(f"{file.parent} is no checkpoint: it has no {file.name}.") from None
     except ValueError as error:
         raise ModelError(f"{file} is damaged: {error}") from error
+    return values
