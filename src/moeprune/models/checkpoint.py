@@ -25,7 +25,7 @@ from transformers import (
 
 from moeprune.errors import ModelError
 from moeprune.models.adapter import MoeLayer, keep_router_rows, moe_layers
-from moeprune.models.four_bit import FourBitWeights, quantized_shape, stored_four_bit_linear
+from moeprune.models.four_bit import FourBitWeights, quantized_module, quantized_shape, stored_four_bit_linear
 from moeprune.models.ragged import PackedWeights, RaggedExperts
 
 STRUCTURE = "structure.json"
@@ -54,21 +54,19 @@ def save_compressed(
 ) -> None:
     """Write a pruned, perhaps quantised model into an existing folder; unquantised weights in ``dtype``."""
     structure = structure_of(model)
+    plain = {name for name, _ in model.named_parameters() if quantized_module(name) not in structure.quantized}
     stored: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict().items():
         if tensor.numel() and tensor.data_ptr() in seen:
             continue  # tied to a tensor that is stored already
         seen.add(tensor.data_ptr())
-        stored[name] = tensor if _belongs_to_quantized(name, structure) else tensor.to(dtype)
-    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, folder / WEIGHTS, {"format": "pt"})
+        # Scales of quantised matrices and buffers such as a router's correction bias keep their own precision.
+        stored[name] = (tensor.to(dtype) if name in plain else tensor).contiguous()
+    save_file(stored, folder / WEIGHTS, {"format": "pt"})
     (folder / STRUCTURE).write_text(json.dumps(asdict(structure), indent=1))
     model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _belongs_to_quantized(name: str, structure: Structure) -> bool:
-    return any(name.startswith(f"{module}.weight") for module in structure.quantized)
 
 
 def load_compressed(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -85,19 +83,30 @@ def load_compressed(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     for layer in moe_layers(model):
         in_four_bits = f"{layer.name}.weights.down.0" in structure["quantized"]
         _make_ragged(model, layer, structure["widths"][layer.name], in_four_bits, dtype)
-    for name in structure["quantized"]:
-        model.set_submodule(name, stored_four_bit_linear(name, tensors, dtype))
-    plain = {name: tensor.to(dtype) for name, tensor in tensors.items() if not _in_any(name, structure["quantized"])}
-    missing, unexpected = model.load_state_dict(plain, strict=False, assign=True)
-    model.tie_weights()
-    absent = [name for name in missing if not _in_any(name, structure["quantized"]) and not _is_tied(model, name)]
-    if absent or unexpected:
-        raise ModelError(f"The weights in {folder} do not fit: missing {absent[:3]}, unexpected {unexpected[:3]}.")
+    plain: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {module: {} for module in structure["quantized"]}
+    for name, tensor in tensors.items():
+        module = quantized_module(name)
+        if module in parts:
+            parts[module][name.removeprefix(f"{module}.")] = tensor
+        else:
+            plain[name] = tensor
+    for module, stored in parts.items():
+        model.set_submodule(module, stored_four_bit_linear(stored, dtype))
+    _load_plain(model, plain, set(parts), dtype, folder)
     return model.eval()
 
 
-def _in_any(name: str, modules: Mapping[str, object]) -> bool:
-    return any(name.startswith(f"{module}.") for module in modules)
+def _load_plain(
+    model: PreTrainedModel, plain: dict[str, Tensor], quantized: set[str], dtype: torch.dtype, folder: Path
+) -> None:
+    parameters = {name for name, _ in model.named_parameters()}
+    converted = {name: tensor.to(dtype) if name in parameters else tensor for name, tensor in plain.items()}
+    missing, unexpected = model.load_state_dict(converted, strict=False, assign=True)
+    model.tie_weights()
+    absent = [name for name in missing if quantized_module(name) not in quantized and not _is_tied(model, name)]
+    if absent or unexpected:
+        raise ModelError(f"The weights in {folder} do not fit: missing {absent[:3]}, unexpected {unexpected[:3]}.")
 
 
 def _is_tied(model: PreTrainedModel, name: str) -> bool:

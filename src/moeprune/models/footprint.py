@@ -10,7 +10,7 @@ from torch import nn
 
 from moeprune.models.adapter import moe_layers
 from moeprune.models.checkpoint import STRUCTURE
-from moeprune.models.four_bit import quantized_shape
+from moeprune.models.four_bit import quantized_module, quantized_shape
 from moeprune.models.shape import read_header, weight_files
 
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8}
@@ -67,6 +67,7 @@ def count_bytes(folder: Path) -> Bytes:
         for name, entry in read_header(file).items():
             start, end = entry["data_offsets"]
             with_overhead += end - start
-            if not any(name.startswith(f"{module}.weight") for module in quantized):
+            module = quantized_module(name)
+            if module not in quantized or name.endswith(".bias"):
                 ideal_bits += _BITS[entry["dtype"]] * prod(entry["shape"])
     return Bytes(-(-ideal_bits // 8), with_overhead, on_disk)

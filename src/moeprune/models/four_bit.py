@@ -1,5 +1,6 @@
 """Linear layers and ragged experts whose weights are stored in four bits (bitsandbytes NF4)."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
-WEIGHT = ".weight"
+_OF_LINEAR = re.compile(r"(?P<module>.+)\.(?:weight(?:\..+)?|bias)$")
 
 
 def four_bit_linear(weight_OI: Tensor, bias_O: Tensor | None, *, block_size: int, nested: bool) -> Linear4bit:
@@ -28,20 +29,27 @@ def four_bit_linear(weight_OI: Tensor, bias_O: Tensor | None, *, block_size: int
     return layer
 
 
-def stored_four_bit_linear(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Linear4bit:
-    """The layer that was saved under ``name``; computes in ``dtype``."""
-    prefix = name + WEIGHT
-    state = {key.removeprefix(prefix + "."): value for key, value in tensors.items() if key.startswith(prefix + ".")}
-    bias = tensors.get(f"{name}.bias")
-    weight = tensors[prefix]
+def stored_four_bit_linear(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Linear4bit:
+    """The layer whose stored tensors are ``parts``: ``weight``, ``weight.absmax``, ..., perhaps ``bias``.
+
+    Computes in ``dtype``.
+    """
+    weight = parts["weight"]
+    state = {name.removeprefix("weight."): value for name, value in parts.items() if name.startswith("weight.")}
     layer = _empty_linear(1, 1, False, "nested_absmax" in state, dtype)
     layer.weight = Params4bit.from_prequantized(weight, state, device=weight.device, module=layer)
     state_of_layer: Any = layer.quant_state
     state_of_layer.dtype = dtype
     layer.out_features, layer.in_features = state_of_layer.shape
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    if "bias" in parts:
+        layer.bias = nn.Parameter(parts["bias"].to(dtype), requires_grad=False)
     return layer
+
+
+def quantized_module(tensor_name: str) -> str | None:
+    """The module that a stored tensor belongs to if that module is quantised: ``a.b`` for ``a.b.weight.absmax``."""
+    match = _OF_LINEAR.match(tensor_name)
+    return match["module"] if match else None
 
 
 def _empty_linear(inputs: int, outputs: int, bias: bool, nested: bool, dtype: torch.dtype) -> Linear4bit:
