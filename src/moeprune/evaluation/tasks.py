@@ -1,6 +1,7 @@
 """lm-eval tasks on a model in memory; those that ship with the package need no network."""
 
 from collections.abc import Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def task_accuracies(
         raise InputError(f"Task {unknown[0]!r} does not exist.", possible=sorted(shipped), given=unknown[0])
     limit = model.config.max_position_embeddings
     language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=limit)
+    if os.environ.get("TQDM_DISABLE"):  # lm-eval's own bars do not heed it
+        language_model.loglikelihood = partial(language_model.loglikelihood, disable_tqdm=True)
     accuracies = {}
     # One call per task: in a common call, lm-eval's cache of logits mistakes requests of two tasks for each other when
     # they are the same tokens split at different places.
