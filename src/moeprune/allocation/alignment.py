@@ -14,15 +14,14 @@ def align(counts_LE: Tensor, budget: Budget) -> Tensor:
     Experts below the minimum width m lose all channels, the others are rounded down to whole blocks of a, and the
     released channels go block by block to the experts that lost most (AAR of arXiv 2606.18304). An expert at 0 comes
     back only with m at once. The paper does not say what happens when a layer would keep fewer than top-k experts:
-    here its top-k widest keep at least m, and the widest give back what that costs.
+    here its top-k widest keep at least m, and the experts that lost least give back what that costs.
     """
     widths_LE = _rounded_down(counts_LE, budget)
-    lost_LE = counts_LE - widths_LE
     free = budget.kept_channels - int(widths_LE.sum())
     if free > 0:
-        free = _hand_out(widths_LE, lost_LE, free, budget)
+        free = _hand_out(widths_LE, counts_LE - widths_LE, free, budget)
     if free < 0:
-        _take_back(widths_LE, lost_LE, -free, budget)
+        _take_back(widths_LE, counts_LE - widths_LE, -free, budget)
     return widths_LE
 
 
@@ -52,7 +51,7 @@ def _hand_out(widths_LE: Tensor, lost_LE: Tensor, free: int, budget: Budget) -> 
             widths_LE[layer, expert] += step
             free -= step
             heapq.heappush(waiting, (negative_lost + step, index))
-    if free > 0 and too_large and budget.minimum_width < budget.width:
+    if free > 0 and too_large:
         layer, expert = divmod(too_large[0][1], experts)
         widths_LE[layer, expert] = budget.minimum_width
         free -= budget.minimum_width

@@ -1,5 +1,6 @@
 """lm-eval tasks on a model in memory; those that ship with the package need no network."""
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from importlib.resources import files

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -80,6 +81,17 @@ def load_compressed(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         model = _empty_model(AutoConfig.from_pretrained(folder), dtype)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"The compressed model in {folder} is missing or damaged: {error}") from error
+    try:
+        _fill(model, structure, tensors, dtype, folder)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ModelError(f"The weights in {folder} do not fit its {STRUCTURE} and config.json: {error}") from error
+    return model.eval()
+
+
+def _fill(
+    model: PreTrainedModel, structure: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype, folder: Path
+) -> None:
+    """Give the empty model its structure and its weights."""
     for layer in moe_layers(model):
         in_four_bits = f"{layer.name}.weights.down.0" in structure["quantized"]
         _make_ragged(model, layer, structure["widths"][layer.name], in_four_bits, dtype)
@@ -94,7 +106,6 @@ def load_compressed(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     for module, stored in parts.items():
         model.set_submodule(module, stored_four_bit_linear(stored, dtype))
     _load_plain(model, plain, set(parts), dtype, folder)
-    return model.eval()
 
 
 def _load_plain(

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from moeprune.errors import InputError, ModelError
@@ -79,7 +80,7 @@ class ModelSource:
         folder = self.folder()
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.computation_dtype, local_files_only=True)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"The checkpoint in {folder} cannot be loaded: {error}") from error
         moe_layers(model)
         return model.to(self.placement).eval()  # type: ignore[arg-type]
