@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, ValidationError
+from omegaconf.errors import ConfigKeyError, InterpolationToMissingValueError, MissingMandatoryValue, ValidationError
 
 from moeprune.allocation.budget import Budget
 from moeprune.errors import InputError
@@ -54,10 +54,10 @@ def checked(config: DictConfig) -> DictConfig:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), config)
         OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        raise InputError(
-            f"A value is missing: {str(error).splitlines()[0]}", change="Give it on the command line as KEY=VALUE."
-        ) from error
+    except (MissingMandatoryValue, InterpolationToMissingValueError) as error:
+        # Where another value refers to the missing one, only the message names it.
+        key = error.full_key if isinstance(error, MissingMandatoryValue) else str(error).splitlines()[0].split()[-1]
+        raise InputError(f"A value is missing: {key}.", change=f"Give it on the command line: {key}=VALUE.") from error
     except ConfigKeyError as error:
         key = str(error.full_key or error.key)
         known = list(ExperimentConfig.__dataclass_fields__)

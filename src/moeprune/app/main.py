@@ -50,6 +50,8 @@ def _training_job(config: DictConfig) -> None:
 def _run_command(job: Callable[[DictConfig], None], config_name: str) -> None:
     # Hydra would print its own errors and hide ours; with this it raises them, and they are explained below.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    # Threads that spin while they wait slow each other down many times over on a CPU that is shared with other work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # a log file gets a line per stage instead of progress bars
     decorate: Any = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)

@@ -15,6 +15,8 @@ from moeprune.errors import InputError
 
 # Enough characters per requested token for any tokenizer met so far; a shorter text is used whole.
 CHARACTERS_PER_TOKEN = 8
+# So many sampled passages with too few tokens, and longer ones are tried.
+MISSES_PER_PASSAGE = 100
 
 
 class WindowBatches(Sequence[tuple[Tensor, Tensor]]):
@@ -90,10 +92,17 @@ def _sampled(tokenizer: PreTrainedTokenizerBase, text: str, body: int, count: in
     rng = random.Random(seed)
     passage = body * CHARACTERS_PER_TOKEN
     bodies: list[list[int]] = []
+    misses = 0
     while len(bodies) < count:
         line_break = text.find("\n", rng.randrange(len(text) - passage))
         start = line_break + 1 if 0 <= line_break < len(text) - passage else rng.randrange(len(text) - passage)
         token_ids = tokenizer(text[start : start + passage], add_special_tokens=False, verbose=False)["input_ids"]
         if len(token_ids) >= body:
             bodies.append(token_ids[:body])
+            continue
+        misses += 1
+        if misses % MISSES_PER_PASSAGE == 0:
+            if passage == len(text) - 1:
+                break
+            passage = min(2 * passage, len(text) - 1)
     return bodies

@@ -47,6 +47,12 @@ class MoeLayer:
     def top_k(self) -> int:
         return int(self.router.top_k)
 
+    @property
+    def routes_by_group(self) -> bool:
+        """Whether the router first chooses groups of neighbouring experts; one expert less would shift the others."""
+        grouped = (getattr(self.router, "num_group", None) or 1) > 1
+        return grouped and getattr(self.router, "topk_method", None) != "greedy"
+
 
 def moe_layers(model: nn.Module) -> list[MoeLayer]:
     """All MoE layers from first to last.

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
+
 from moeprune.errors import CacheError
 from moeprune.pipeline.identity import describe, stage_key
 from moeprune.pipeline.measure import measured
@@ -62,10 +64,10 @@ class StageCache:
         """
         key = stage_key(stage, version, settings, inputs)
         folder = self.root / stage / key
-        record = self._sound_record(folder)
-        if record is not None:
+        stored = self._stored(stage, key, folder)
+        if stored is not None:
             log.info("%s %s: reused", stage, key[:12])
-            return Artifact(stage, key, folder, True, record["seconds"], record["peak_memory_gib"])
+            return stored
         log.info("%s %s: computing", stage, key[:12])
         with self._partial_folder(folder) as partial:
             with measured() as cost:
@@ -85,15 +87,16 @@ class StageCache:
         log.info("%s %s: %.1f s, peak %.2f GiB", stage, key[:12], cost.seconds, cost.peak_memory_gib)
         return Artifact(stage, key, folder, False, cost.seconds, cost.peak_memory_gib)
 
-    def _sound_record(self, folder: Path) -> dict | None:
+    def _stored(self, stage: str, key: str, folder: Path) -> Artifact | None:
+        """The finished stage in ``folder``; None where there is none, or where it was damaged and is now gone."""
         if not folder.exists():
             return None
         try:
             record = json.loads((folder / RECORD).read_text())
             if record["files"] == _digests(folder):
-                return record
+                return Artifact(stage, key, folder, True, record["seconds"], record["peak_memory_gib"])
             reason = "its files do not match their digests"
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             reason = repr(error)
         log.warning("cached stage %s is damaged (%s): computing it again", folder, reason)
         with _disk_errors(folder):
@@ -131,7 +134,9 @@ def _remove_abandoned(folder: Path) -> None:
     """Remove what killed processes of this machine left of the same stage."""
     prefix = f".partial-{folder.name}-{socket.gethostname()}-"
     for left in folder.parent.glob(f"{prefix}*"):
-        if not Path(f"/proc/{left.name.removeprefix(prefix)}").exists():
+        process = left.name.removeprefix(prefix)
+        # Anything but a number belongs to a machine whose name begins like ours.
+        if process.isdigit() and not psutil.pid_exists(int(process)):
             shutil.rmtree(left, ignore_errors=True)
 
 
@@ -148,7 +153,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
                 f"No disk space left while writing {folder.parent}.\nFree some space or choose another place with "
                 "cache_dir=/path; the next run goes on from the finished stages."
             ) from error
-        if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+        if isinstance(error, (PermissionError, NotADirectoryError)) or getattr(error, "errno", None) == errno.EROFS:
             raise CacheError(
                 f"The cache {folder.parent} cannot be written: {message}.\nChoose another place with cache_dir=/path."
             ) from error

@@ -27,12 +27,11 @@ def describe(value: object) -> Any:
     if isinstance(value, Path):
         return str(value)
     kind = type(value)
-    own = {} if kind.__module__.startswith("moeprune.") else {"source": _module_digest(kind)}
     if hasattr(value, "identity"):
-        return {"type": kind.__qualname__, **own, **value.identity()}
+        return {"type": kind.__qualname__, **_outside_source(kind), **value.identity()}
     if is_dataclass(value):
         settings = {field.name: describe(getattr(value, field.name)) for field in fields(value)}
-        return {"type": f"{kind.__module__}.{kind.__qualname__}", **own, **settings}
+        return {"type": f"{kind.__module__}.{kind.__qualname__}", **_outside_source(kind), **settings}
     raise InputError(
         f"{kind.__module__}.{kind.__qualname__} cannot be part of a cache key: its settings are not visible.",
         change="Make the plug-in a frozen dataclass, or give it an identity() method that returns plain values.",
@@ -45,5 +44,15 @@ def stage_key(stage: str, version: int, settings: object, inputs: Sequence[str])
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _module_digest(kind: type) -> str:
-    return hashlib.sha256(inspect.getsource(inspect.getmodule(kind) or kind).encode()).hexdigest()
+def _outside_source(kind: type) -> dict[str, str]:
+    """The digest of the module's text for a class from outside this package."""
+    if kind.__module__.startswith("moeprune."):
+        return {}
+    try:
+        text = inspect.getsource(inspect.getmodule(kind) or kind)
+    except (OSError, TypeError) as error:
+        raise InputError(
+            f"{kind.__module__}.{kind.__qualname__} cannot be part of a cache key: its source is not to be found.",
+            change="Define the plug-in in a file that can be imported.",
+        ) from error
+    return {"source": hashlib.sha256(text.encode()).hexdigest()}

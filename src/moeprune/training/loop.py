@@ -84,6 +84,13 @@ class LossCurve(lightning.Callback):
         self._path, self._log_every = path, log_every
         self._window: list[tuple[float, float]] = []
 
+    def state_dict(self) -> dict[str, Any]:
+        """What checkpoints keep: the steps since the last line, for the mean of the next one."""
+        return {"window": list(self._window)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._window = list(state_dict["window"])
+
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         kept = [line for line in self._lines() if json.loads(line)["step"] <= trainer.global_step]
         self._path.write_text("".join(f"{line}\n" for line in kept))
