@@ -1,0 +1,64 @@
+"""lm-eval tasks on a model in memory: those that ship with the package run without a network."""
+
+import json
+import math
+from importlib.resources import files
+
+import pytest
+import torch
+from lm_eval.tasks import TaskManager
+
+from moeprune.errors import InputError
+from moeprune.evaluation.tasks import shipped_tasks, task_accuracies
+
+ITEMS = 5
+
+# For what does not depend on the family.
+one_model = pytest.mark.parametrize("model_name", ["qwen3_renormalised"])
+
+
+@torch.no_grad()
+def accuracy_by_hand(model, tokenizer, task) -> float:
+    """Share of items whose right choice has the largest sum of log-probabilities after its context."""
+    lines = (files("moeprune.resources") / "tasks" / f"{task}.jsonl").read_text().splitlines()[:ITEMS]
+    right = 0
+    for item in map(json.loads, lines):
+        context = tokenizer(item["context"])["input_ids"] or [tokenizer.eos_token_id]
+        sums = []
+        for choice in item["choices"]:
+            ids = torch.tensor(context + tokenizer(choice)["input_ids"])
+            log_probability = model(ids[None]).logits[0].log_softmax(dim=-1)
+            sums.append(float(sum(log_probability[at - 1, ids[at]] for at in range(len(context), len(ids)))))
+        right += sums.index(max(sums)) == item["answer"]
+    return right / len(lines)
+
+
+def test_some_tasks_ship_with_the_package():
+    assert {"word_order", "cloze", "copy"} <= set(shipped_tasks())
+
+
+@one_model
+def test_shipped_tasks_run_offline_and_agree_with_counting_by_hand(tiny_model, byte_tokenizer):
+    tasks = shipped_tasks()
+    results = task_accuracies(tiny_model, byte_tokenizer, tasks, items=ITEMS, batch_size=2)
+    assert list(results) == tasks
+    for task, result in results.items():
+        share = accuracy_by_hand(tiny_model, byte_tokenizer, task)
+        assert result["accuracy"] == pytest.approx(share)
+        assert result["n"] == ITEMS
+        # The sample standard deviation of right and wrong answers over the root of their number.
+        assert result["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / (ITEMS - 1)))
+
+
+@one_model
+def test_no_tasks_give_no_results(tiny_model, byte_tokenizer):
+    assert task_accuracies(tiny_model, byte_tokenizer, [], items=None, batch_size=2) == {}
+
+
+@one_model
+def test_an_unknown_task_is_an_input_error_with_the_nearest_names(tiny_model, byte_tokenizer, monkeypatch):
+    """Without the thousands of tasks that come with lm-eval, which take half a minute to read."""
+    none_but_ours = TaskManager(include_defaults=False)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_defaults: none_but_ours)
+    with pytest.raises(InputError, match=r"(?s)Task 'word_ordr' does not exist.*Did you mean: word_order"):
+        task_accuracies(tiny_model, byte_tokenizer, ["word_ordr"], items=ITEMS, batch_size=2)
