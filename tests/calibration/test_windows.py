@@ -96,3 +96,14 @@ def test_windows_survive_a_round_trip(random_windows, tmp_path):
     loaded = TokenWindows.load(tmp_path / "windows.safetensors")
     assert torch.equal(loaded.input_ids_NT, random_windows.input_ids_NT)
     assert torch.equal(loaded.mask_NT, random_windows.mask_NT)
+
+
+def test_fewer_windows_than_asked_are_said(byte_tokenizer, caplog):
+    windows = windows_of_text(byte_tokenizer, "a" * 40, name="short", count=50, length=9)
+    assert len(windows.input_ids_NT) < 50
+    assert "text short fills" in caplog.text
+
+
+def test_a_window_that_leaves_nothing_to_predict_is_refused(byte_tokenizer):
+    with pytest.raises(InputError, match="sequence_length=1 leaves nothing to predict"):
+        windows_of_text(byte_tokenizer, "a" * 40, name="text", count=1, length=1)

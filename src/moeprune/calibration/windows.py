@@ -1,5 +1,6 @@
 """Text -> fixed token windows, each starting with the tokenizer's begin token, as the models were trained on."""
 
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from moeprune.errors import InputError
+
+log = logging.getLogger(__name__)
 
 # Enough characters per requested token for any tokenizer met so far; a shorter text is used whole.
 CHARACTERS_PER_TOKEN = 8
@@ -63,11 +66,13 @@ def windows_of_text(
     """``count`` windows of ``length`` tokens: the first ones of the text, or with a seed a random sample. Fewer if the
     text is shorter.
 
-    Raises InputError when the text does not fill one window.
+    Raises InputError when the text does not fill one window, or a window is too short to predict anything.
     """
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     prefix = [] if begin is None else [begin]
     body = length - len(prefix)
+    if body < 2:
+        raise InputError(f"sequence_length={length} leaves nothing to predict.", change="Use 128 or more.")
     enough = count * body * CHARACTERS_PER_TOKEN
     if seed is None or len(text) <= enough:
         bodies = _consecutive(tokenizer, text[:enough], body)
@@ -78,6 +83,8 @@ def windows_of_text(
             f"The text {name!r} does not fill one window of {body} tokens.",
             change="Use a longer text or a smaller sequence_length.",
         )
+    if len(bodies) < count:
+        log.warning("text %s fills %d windows of %d tokens; %d were asked for", name, len(bodies), length, count)
     input_ids_NT = torch.tensor([prefix + window for window in bodies[:count]])
     return TokenWindows(input_ids_NT, torch.ones_like(input_ids_NT))
 
