@@ -54,6 +54,14 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
     assert not broken
 
 
+def test_the_notebook_lines_of_the_readme_run() -> None:
+    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict[str, object] = {}
+    exec(lines, names)
+    parameters = sum(parameter.numel() for parameter in names["small"].parameters())
+    assert parameters < 0.65 * 4_339_648
+
+
 def test_the_tree_of_the_readme_names_every_room() -> None:
     readme = (ROOT / "README.md").read_text()
     rooms = [folder.name for folder in (ROOT / "src" / "moeprune").iterdir() if (folder / "__init__.py").exists()]
