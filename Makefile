@@ -34,7 +34,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 wheel: install
-	@$(BIN)/python -m build --wheel
+	@$(BIN)/hatchling build --target wheel
 
 clean:
 	rm -rf dist runs cache

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from moeprune.errors import BudgetError, InputError
+from moeprune.models.shape import ExpertShape
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class Budget:
     top_k: int
     alignment: int
     minimum_width: int
+
+    @classmethod
+    def for_model(cls, shape: ExpertShape, *, ratio: float, alignment: int, minimum_width: int) -> "Budget":
+        """The budget on a model whose experts have this shape."""
+        return cls(ratio, shape.layers, shape.experts, shape.width, shape.top_k, alignment, minimum_width)
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:

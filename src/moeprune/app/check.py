@@ -86,13 +86,5 @@ def _check_model(config: DictConfig) -> None:
 
 
 def _check_budget(config: DictConfig, folder: Path) -> None:
-    shape = read_shape(folder)
-    Budget(
-        ratio=config.ratio,
-        layers=shape.layers,
-        experts=shape.experts,
-        width=shape.width,
-        top_k=shape.top_k,
-        alignment=config.model.alignment,
-        minimum_width=config.model.minimum_width,
-    )
+    limits = {"alignment": config.model.alignment, "minimum_width": config.model.minimum_width}
+    Budget.for_model(read_shape(folder), ratio=config.ratio, **limits)

@@ -39,16 +39,8 @@ class Experiment:
 
         Raises InputError or BudgetError for a request that the model or the allocator cannot meet.
         """
-        shape = read_shape(self.model.folder())
-        budget = Budget(
-            ratio=self.ratio,
-            layers=shape.layers,
-            experts=shape.experts,
-            width=shape.width,
-            top_k=shape.top_k,
-            alignment=self.model.alignment,
-            minimum_width=self.model.minimum_width,
-        )
+        limits = {"alignment": self.model.alignment, "minimum_width": self.model.minimum_width}
+        budget = Budget.for_model(read_shape(self.model.folder()), ratio=self.ratio, **limits)
         check = getattr(self.allocator, "check", None)
         if check is not None:
             check(budget)
