@@ -14,6 +14,7 @@ from moeprune.errors import InputError
 
 # Only metrics that are no plain mean are bootstrapped.
 BOOTSTRAP_SAMPLES = 1000
+ACCURACY_METRICS = ("acc,none", "exact_match,none", "exact_match,strict-match")
 
 
 def shipped_tasks() -> list[str]:
@@ -52,7 +53,8 @@ def task_accuracies(
         answers = evaluate(
             language_model, _loaded(manager, spec), limit=items, bootstrap_iters=BOOTSTRAP_SAMPLES, log_samples=False
         )
-        accuracies[task] = _accuracy(answers["results"][task], answers["n-samples"][task]["effective"])
+        samples = sum(part["effective"] for part in answers["n-samples"].values())  # a group has several parts
+        accuracies[task] = _accuracy(task, answers["results"][task], samples)
     return accuracies
 
 
@@ -64,8 +66,13 @@ def _loaded(manager: Any, spec: str | dict[str, Any]) -> Any:
     return loaded
 
 
-def _accuracy(result: dict[str, Any], items: int) -> dict[str, float]:
-    metric = next(name for name in ("acc,none", "exact_match,none", "exact_match,strict-match") if name in result)
+def _accuracy(task: str, result: dict[str, Any], items: int) -> dict[str, float]:
+    metric = next((name for name in ACCURACY_METRICS if name in result), None)
+    if metric is None:
+        raise InputError(
+            f"Task {task!r} gives {', '.join(name for name in result if ',' in name)}, no accuracy.",
+            change=f"Use a task with one of {', '.join(ACCURACY_METRICS)}.",
+        )
     stderr = result[metric.replace(",", "_stderr,", 1)]
     return {"accuracy": float(result[metric]), "stderr": float(stderr), "n": items}
 
