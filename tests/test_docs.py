@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("sweeps/*.md"), *ROOT.glob("slurm/*.md")])
-COMMAND = re.compile(r"^ {4}(?:export \S+ && )?(moeprune(?:-train)? .+|sbatch slurm/driver\.sbatch .+)$", re.MULTILINE)
+COMMAND = re.compile(r"^ {4}(?:PYTHONPATH=\. )?(moeprune(?:-train)? .+|sbatch slurm/driver\.sbatch .+)$", re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)\)")
 
 

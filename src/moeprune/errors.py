@@ -44,3 +44,11 @@ class CacheError(MoepruneError):
 
 class NumericalError(MoepruneError):
     """A computation gave NaN or infinity where a finite number is required."""
+
+
+def require_positive(settings: object, *names: str) -> None:
+    """Raise InputError for the first of these whole-number settings that is below 1."""
+    for name in names:
+        value = getattr(settings, name)
+        if value < 1:
+            raise InputError(f"{name}={value} is not possible.", change="Use a whole number of at least 1.")

@@ -26,17 +26,20 @@ def test_the_takeaway_follows_the_numbers(tmp_path, write_run, winner):
                 tmp_path / str(number), harm=1.0 if method == winner else 2.0 + number, method=method, ratio=ratio
             )
             number += 1
-    text = takeaway(load_sweep(tmp_path))
+    at_a_quarter, text = takeaway(load_sweep(tmp_path)).splitlines()
+    assert at_a_quarter.startswith(f"tiny_qwen3_moe at ratio 0.25 with quantizer nf4: {winner} (run ")
     assert text.startswith(f"tiny_qwen3_moe at ratio 0.5 with quantizer nf4: {winner} (run ")
     assert "has the lowest mean perplexity of 3 runs, 32.50 (1.300 times dense)" in text
     assert "takes 1.42 MB with overhead against 8.60 MB dense (6.06 times smaller)" in text
 
 
-def test_the_takeaway_compares_only_where_methods_meet(tmp_path, write_run):
+def test_the_takeaway_compares_at_every_setting_on_its_own(tmp_path, write_run):
     write_run(tmp_path / "0", method="reap", ratio=0.25)
     write_run(tmp_path / "1", method="random", ratio=0.25, harm=2.0)
     write_run(tmp_path / "2", method="reap", ratio=0.75)
-    assert takeaway(load_sweep(tmp_path)) == (
+    quarter, three_quarters = takeaway(load_sweep(tmp_path)).splitlines()
+    assert three_quarters.startswith("tiny_qwen3_moe at ratio 0.75 with quantizer nf4: reap (run 2) is the only run")
+    assert quarter == (
         "tiny_qwen3_moe at ratio 0.25 with quantizer nf4: reap (run 0) has the lowest mean perplexity of 2 runs, 27.62 "
         "(1.105 times dense); random (run 1) follows with 29.25 (5.9% higher). "
         "reap (run 0) takes 1.89 MB with overhead against 8.60 MB dense (4.55 times smaller)."

@@ -1,6 +1,7 @@
 """Coverage: the paper's allocation. Layers share the budget by loss, experts by attribution, both through coverage."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from moeprune.allocation.alignment import align
 from moeprune.allocation.budget import Budget
 from moeprune.allocation.covering import cover
 from moeprune.allocation.selection import best_channels_plan, require_channel_scores
+from moeprune.errors import InputError
 from moeprune.types import Plan, Scores
 
 
@@ -23,6 +25,11 @@ class CoverageAllocator:
     """
 
     smoothing_rounds: int = 2
+    needs_channel_scores: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.smoothing_rounds < 0:
+            raise InputError(f"smoothing_rounds={self.smoothing_rounds} is not possible.", change="Use 0 or more.")
 
     def __call__(self, scores: Scores, budget: Budget) -> Plan:
         channel_LEC = require_channel_scores(scores, "coverage").double()

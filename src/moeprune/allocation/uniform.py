@@ -1,6 +1,7 @@
 """Uniform: every expert keeps the same number of channels."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -17,6 +18,8 @@ class UniformAllocator:
     Where that is not a whole number of blocks, the blocks left over go one each to the experts of highest score in
     their layer, layer after layer, so the budget is met exactly.
     """
+
+    needs_channel_scores: ClassVar[bool] = True
 
     def check(self, budget: Budget) -> int:
         """Channels that every expert keeps at least. Raises BudgetError when they are fewer than the minimum width."""

@@ -1,5 +1,6 @@
 """From a checked config to plain objects."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -36,8 +37,18 @@ def _build(group: str, config: DictConfig) -> Any:
         cause = error.__cause__
         if isinstance(cause, MoepruneError):
             raise cause from None
-        reason = str(cause or error).splitlines()[0]
+        reason = " ".join(line for each in _causes(error) for line in str(each).splitlines()[:1])
         raise InputError(
             f"{group} cannot be built from _target_ {config.get('_target_')}: {reason}",
             change=f"Check the settings of {group}; an own plug-in must be importable (installed, or on PYTHONPATH).",
         ) from error
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """What led to ``error``, without itself where something did."""
+    cause = error.__cause__ or error.__context__
+    if cause is None:
+        yield error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__

@@ -64,7 +64,10 @@ def checked(config: DictConfig) -> DictConfig:
         near = get_close_matches(key.split(".")[-1], [*known, *ModelConfig.__dataclass_fields__], n=1)
         raise InputError(f"{key} is not a setting.", possible=near or known) from error
     except ValidationError as error:
-        raise InputError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{error.full_key}: {reason}", change=f"Give {error.full_key} a value of that type."
+        ) from error
     assert isinstance(merged, DictConfig)
     _check_model(merged)
     return merged

@@ -20,6 +20,8 @@ def explained(error: Exception, config_folder: Path, config_name: str) -> Moepru
     if isinstance(error, OverrideParseException):
         return InputError(str(error).splitlines()[0], change="Overrides are KEY=VALUE, for example ratio=0.5.")
     if isinstance(error, ConfigCompositionException):
+        if "Ambiguous value" in str(error):
+            return InputError(str(error).splitlines()[0], change="Add --multirun to run several values.")
         return _unknown_key(error, config_folder, config_name)
     if isinstance(error, (OmegaConfBaseException, HydraException)):
         return InputError(str(error).splitlines()[0], change="See the composed config with --cfg job.")
@@ -34,6 +36,9 @@ def explained(error: Exception, config_folder: Path, config_name: str) -> Moepru
 def _missing_choice(error: MissingConfigException) -> MoepruneError:
     asked = str(error.missing_cfg_file or "")
     group, _, choice = asked.rpartition("/")
+    if asked.startswith("model/") and asked.count("/") > 1:
+        path = asked.removeprefix("model/")
+        return InputError(f"model={path} does not exist.", change=f"Use model=checkpoint model.path={path}")
     if not group or not error.options:
         return InputError(str(error).splitlines()[0])
     return InputError(f"{group}={choice} does not exist.", possible=error.options, given=choice)

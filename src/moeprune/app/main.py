@@ -1,6 +1,7 @@
 """The commands ``moeprune`` and ``moeprune-train``. Nothing heavy is imported before the config is sound."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,8 @@ def _run_command(job: Callable[[DictConfig], None], config_name: str) -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # a log file gets a line per stage instead of progress bars
     decorate: Any = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)
+    # A cluster or `timeout` ends a job with SIGTERM: the manifest is to say so, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         decorate(job)()
     except KeyboardInterrupt:

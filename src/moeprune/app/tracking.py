@@ -49,6 +49,8 @@ class WandbTracker:
             artifact = wandb.Artifact(f"plan-{run.id}", type="plan")
             artifact.add_file(str(run_dir / "plan.safetensors"))
             run.log_artifact(artifact)
+            if mode == "offline":
+                log.info("W&B run kept offline; send it with: wandb sync %s", Path(run.dir).parent)
 
 
 def summary_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:

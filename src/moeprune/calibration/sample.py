@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from moeprune.calibration.windows import TokenWindows, windows_of_text
+from moeprune.errors import require_positive
 
 
 class TextSource(Protocol):
@@ -30,6 +31,9 @@ class Calibration:
     sequence_length: int
     batch_size: int
     seed: int
+
+    def __post_init__(self) -> None:
+        require_positive(self, "windows", "sequence_length", "batch_size")
 
     def sample(self, tokenizer: PreTrainedTokenizerBase) -> TokenWindows:
         """The calibration windows. Raises InputError when a text is missing, empty or too short for one window."""

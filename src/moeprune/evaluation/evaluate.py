@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeprune.calibration.sample import TextSource
 from moeprune.calibration.windows import windows_of_text
+from moeprune.errors import InputError, require_positive
 from moeprune.evaluation.perplexity import perplexity
 from moeprune.evaluation.tasks import task_accuracies
 
@@ -27,6 +28,13 @@ class Evaluation:
     batch_size: int
     tasks: Sequence[str] = ()
     task_items: int | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(self, "windows", "sequence_length", "batch_size")
+        if isinstance(self.tasks, str):
+            raise InputError(f"tasks={self.tasks} is no list.", change=f"Write evaluation.tasks=[{self.tasks}].")
+        if self.task_items is not None:
+            require_positive(self, "task_items")
 
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """``{"perplexity", "perplexity_tokens", "mean_perplexity", "tasks"}``; the mean is geometric over texts."""

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from moeprune.allocation.budget import Budget
 from moeprune.calibration.sample import Calibration
 from moeprune.calibration.statistics import Statistics
+from moeprune.errors import InputError
 from moeprune.evaluation.evaluate import Evaluation
 from moeprune.models.shape import read_shape
 from moeprune.models.source import ModelSource
@@ -33,6 +34,17 @@ class Experiment:
     evaluation: Evaluation
     recovery: ModelTransform | None = None
     quantizer: ModelTransform | None = None
+
+    def check(self) -> None:
+        """Raise InputError, BudgetError or ModelError for what is bound to fail, before anything is computed."""
+        _ = self.model.placement
+        if getattr(self.allocator, "needs_channel_scores", False) and not getattr(self.scorer, "scores_channels", True):
+            raise InputError(
+                f"{type(self.allocator).__name__} needs a score for every channel; {type(self.scorer).__name__} ranks "
+                "whole experts only.",
+                change="Use allocator=whole_experts, or a channel scorer such as scorer=attribution.",
+            )
+        self.budget()
 
     def budget(self) -> Budget:
         """What ``ratio`` leaves on this model; needs its headers only.

@@ -48,7 +48,7 @@ class Result:
 
 def run(experiment: Experiment, cache: StageCache) -> Result:
     """Walk the road; every stage that any run finished before is reused."""
-    experiment.budget()  # refuses what cannot be met before anything is computed
+    experiment.check()
     calibration = stages.sample_calibration(cache, experiment)
     statistics = stages.gather_statistics(cache, experiment, calibration)
     scores = stages.score(cache, experiment, statistics)

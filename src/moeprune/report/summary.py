@@ -61,9 +61,9 @@ def write_sweep_report(sweep_dir: Path, console: Console) -> list[Path]:
 
 
 def takeaway(runs: Sequence[Run]) -> str:
-    """Per model, the run of lowest mean perplexity beside its rivals, at the most compressed setting they share.
+    """Per model and setting (a ratio with a quantizer), the run of lowest mean perplexity beside its rivals.
 
-    A setting is a ratio with a quantizer. The one that most methods have is taken; among equals, that of fewest bytes.
+    Every setting is told, so that a method which wins at one ratio and loses at another is not shown at its best only.
     """
     finished = [run for run in runs if run.results]
     entrants = [
@@ -71,8 +71,11 @@ def takeaway(runs: Sequence[Run]) -> str:
         for run, label in zip(finished, run_labels(finished), strict=True)
         if run.results
     ]
-    models = dict.fromkeys(entrant.metrics.model for entrant in entrants)
-    sentences = [_model_takeaway([each for each in entrants if each.metrics.model == model]) for model in models]
+    rivals: dict[tuple[str, float, str], list[Entrant]] = {}
+    for entrant in entrants:
+        metrics = entrant.metrics
+        rivals.setdefault((metrics.model, metrics.ratio, metrics.quantizer), []).append(entrant)
+    sentences = [_setting_takeaway(group) for group in rivals.values()]
     unfinished = [f"run {run.name} ({run.status})" for run in runs if not run.results]
     if unfinished:
         sentences.append(f"Not compared, for want of results: {', '.join(unfinished)}.")
@@ -98,8 +101,8 @@ class Entrant:
         return math.inf if math.isnan(perplexity) else perplexity
 
 
-def _model_takeaway(entrants: Sequence[Entrant]) -> str:
-    rivals = sorted(_at_shared_setting(entrants), key=lambda entrant: entrant.perplexity)
+def _setting_takeaway(entrants: Sequence[Entrant]) -> str:
+    rivals = sorted(entrants, key=lambda entrant: entrant.perplexity)
     best, metrics = rivals[0], rivals[0].metrics
     quantized = "without quantizer" if metrics.quantizer == "none" else f"with quantizer {metrics.quantizer}"
     where = f"{metrics.model} at ratio {metrics.ratio:g} {quantized}"
@@ -108,19 +111,6 @@ def _model_takeaway(entrants: Sequence[Entrant]) -> str:
     to_dense = ratio_text(best.perplexity / metrics.dense.mean_perplexity)
     lowest = f"{perplexity_text(best.perplexity)} ({to_dense} times dense)"
     return f"{where}: {_standing(rivals, lowest)}. {_size(best)}."
-
-
-def _at_shared_setting(entrants: Sequence[Entrant]) -> list[Entrant]:
-    settings: dict[tuple[float, str], list[Entrant]] = {}
-    for entrant in entrants:
-        settings.setdefault((entrant.metrics.ratio, entrant.metrics.quantizer), []).append(entrant)
-    return min(
-        settings.values(),
-        key=lambda rivals: (
-            -len({rival.method for rival in rivals}),
-            min(rival.metrics.final.bytes.with_overhead for rival in rivals),
-        ),
-    )
 
 
 def _standing(rivals: Sequence[Entrant], lowest: str) -> str:

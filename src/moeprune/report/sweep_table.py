@@ -153,7 +153,7 @@ def _caption(runs: Sequence[Run], measured: Sequence[Metrics], any_best: bool) -
         *_unequal_dense(measured),
     ]
     if any_best:
-        sentences.append("Bold: best of the runs of one model and ratio; standard errors are not weighed.")
+        sentences.append("Bold: best of the runs of one model and ratio; bold ignores standard errors.")
     return " ".join(sentences)
 
 
