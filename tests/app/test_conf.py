@@ -1,0 +1,108 @@
+"""Every file in conf/ composes, and begins with a command that uses it and works."""
+
+import itertools
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from moeprune.app.build import build_experiment, build_optional
+from moeprune.app.check import checked
+from moeprune.app.main import config_folder
+from moeprune.errors import InputError
+
+CONF = config_folder()
+FILES = sorted(CONF.rglob("*.yaml"))
+CHOICES = [(file.parent.name, file.stem) for file in FILES if file.parent != CONF]
+
+each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONF)))
+
+
+@pytest.fixture(autouse=True)
+def composer() -> Iterator[None]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def command_of(file: Path) -> list[str]:
+    """The words of the first comment that is a command."""
+    comments = itertools.takewhile(lambda line: line.startswith("#"), file.read_text().splitlines())
+    commands = [line[2:] for line in comments if line.startswith(("# moeprune ", "# moeprune-train "))]
+    assert commands, f"{file} does not begin with a command"
+    return shlex.split(commands[0])
+
+
+def every_point(overrides: list[str]) -> list[list[str]]:
+    """The overrides of each job of a sweep; of a single run, its own."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    values = [
+        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        if override.is_sweep_override()
+        else [override.input_line]
+        for override in parsed
+    ]
+    return [list(point) for point in itertools.product(*values)]
+
+
+def assert_works(config: DictConfig) -> None:
+    """The config is sound; a placeholder for a checkpoint is the only thing that may be wrong with it."""
+    try:
+        settings = checked(config)
+        build_experiment(settings)
+        build_optional("tracking", settings.tracking)
+    except InputError as error:
+        assert "Model path '/path/to/checkpoint' is not a folder" in str(error)
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes_and_is_the_one_that_was_made(group, choice):
+    config = compose("config", overrides=[f"{group}={choice}"], return_hydra_config=True)
+    assert config.hydra.runtime.choices[group] == choice
+
+
+def test_the_training_config_composes():
+    config = compose("train", return_hydra_config=True)
+    assert config.hydra.run.dir == f"runs/train/{config.architecture}"
+
+
+@each_file
+def test_every_file_begins_with_a_command_that_uses_it(file):
+    program, *words = command_of(file)
+    if file.parent == CONF:
+        assert (program, file.stem) in [("moeprune", "config"), ("moeprune-train", "train")]
+    else:
+        assert program == "moeprune"
+        assert f"{file.parent.name}={file.stem}" in words
+
+
+@each_file
+def test_the_command_of_every_file_works(file):
+    program, *words = command_of(file)
+    overrides = [word for word in words if word != "--multirun"]
+    if program == "moeprune-train":
+        OmegaConf.to_container(compose("train", overrides=overrides), resolve=True, throw_on_missing=True)
+        return
+    for point in every_point(overrides):
+        config = compose("config", overrides=point, return_hydra_config=True)
+        swept = config.hydra.sweeper.params or {}
+        for inner in every_point([f"{key}={value}" for key, value in swept.items()]):
+            assert_works(compose("config", overrides=[*point, *inner]))
+
+
+def test_the_default_is_a_run_that_works_and_the_demo_sweeps_two_models_and_two_methods():
+    assert_works(compose("config"))
+    demo = compose("config", overrides=["experiment=demo"], return_hydra_config=True)
+    assert len(every_point([f"{key}={value}" for key, value in demo.hydra.sweeper.params.items()])) == 4
+
+
+def test_a_method_chooses_scorer_and_allocator_and_an_experiment_its_own():
+    config = compose("config", overrides=["method=frequency"], return_hydra_config=True)
+    choices = config.hydra.runtime.choices
+    assert (choices["scorer"], choices["allocator"]) == ("frequency", "whole_experts")
+    config = compose("config", overrides=["experiment=demo", "ratio=0.25"], return_hydra_config=True)
+    assert config.hydra.runtime.choices["quantizer"] == "nf4"
+    assert config.ratio == 0.25

@@ -1,0 +1,87 @@
+"""Hydra's and OmegaConf's errors about a command, in one message with the nearest valid choices."""
+
+import errno
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from moeprune.app.explain import explained, known_keys
+from moeprune.app.main import config_folder
+from moeprune.errors import MoepruneError
+
+CONF = config_folder()
+
+
+def explanation_of(*overrides: str, config_name: str = "config") -> str:
+    """What a user is told about overrides that do not compose."""
+    with (
+        pytest.raises((HydraException, OmegaConfBaseException)) as raised,
+        initialize_config_dir(str(CONF), version_base="1.3"),
+    ):
+        compose(config_name, overrides=list(overrides))
+    error = explained(raised.value, CONF, config_name)
+    assert isinstance(error, MoepruneError)
+    return str(error)
+
+
+def test_a_choice_that_does_not_exist_names_the_nearest_and_all():
+    assert explanation_of("allocator=uniformly") == (
+        "allocator=uniformly does not exist.\nDid you mean: uniform?\nPossible: coverage, uniform, whole_experts."
+    )
+
+
+def test_a_choice_that_is_like_no_other_names_all():
+    assert explanation_of("quantizer=zzz") == "quantizer=zzz does not exist.\nPossible: nf4, none."
+
+
+def test_an_unknown_group_or_setting_names_the_nearest_of_both():
+    assert explanation_of("quantiser=nf4").startswith(
+        "quantiser is neither a group nor a setting.\nDid you mean: quantizer"
+    )
+    assert "Did you mean: cache_dir" in explanation_of("cachedir=/tmp")
+
+
+def test_an_unknown_setting_of_a_group_names_the_settings_of_its_choices():
+    assert explanation_of("allocator.smoothing=3") == (
+        "allocator.smoothing is not a setting of any allocator.\nDid you mean: allocator.smoothing_rounds?\n"
+        "Possible: allocator.smoothing_rounds."
+    )
+
+
+def test_an_override_that_cannot_be_parsed_shows_how_one_looks():
+    assert explanation_of("ratio=[0.5").endswith("Overrides are KEY=VALUE, for example ratio=0.5.")
+
+
+def test_the_training_command_is_explained_by_its_own_settings():
+    assert explanation_of("architecure=tiny_qwen3_moe", config_name="train").startswith(
+        "architecure is neither a group nor a setting.\nDid you mean: architecture?"
+    )
+
+
+def test_any_other_error_of_the_config_is_one_line_and_a_way_to_see_more():
+    config = OmegaConf.create({"a": "${nothing}"})
+    with pytest.raises(OmegaConfBaseException) as raised:
+        OmegaConf.to_container(config, resolve=True)
+    told = str(explained(raised.value, CONF, "config"))
+    assert told.splitlines() == ["Interpolation key 'nothing' not found", "See the composed config with --cfg job."]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_run_directory_that_cannot_be_written_is_explained(number):
+    told = str(explained(OSError(number, "no such luck", "runs/1/metrics.json"), CONF, "config"))
+    assert told.startswith("runs/1/metrics.json cannot be written: no such luck.")
+    assert "hydra.run.dir=/path and cache_dir=/path" in told
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), FileNotFoundError(errno.ENOENT, "gone"), KeyError("x")])
+def test_what_is_not_the_users_mistake_is_not_explained_away(error):
+    assert explained(error, CONF, "config") is None
+
+
+def test_known_keys_are_the_groups_and_the_settings():
+    keys = known_keys(CONF, "config")
+    assert {"model", "scorer", "experiment", "ratio", "seed", "cache_dir"} <= set(keys)
+    assert not {"hydra", "defaults", "_self_"} & set(keys)

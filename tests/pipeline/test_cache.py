@@ -1,0 +1,234 @@
+"""The stage cache: what is reused, what is computed again, and what is left behind when something goes wrong."""
+
+import errno
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from moeprune.errors import CacheError
+from moeprune.pipeline.cache import RECORD, StageCache
+from moeprune.pipeline.identity import stage_key
+
+SETTINGS = {"alpha": 0.9}
+KEY = stage_key("scores", 1, SETTINGS, ["input"])
+CONTENT = b"what the stage found" * 10
+
+
+def write_result(folder: Path) -> None:
+    (folder / "part").mkdir()
+    (folder / "part" / "result.bin").write_bytes(CONTENT)
+    (folder / "other.txt").write_text("second file")
+
+
+def never(_folder: Path) -> None:
+    raise AssertionError("a stored stage was computed again")
+
+
+def get(cache: StageCache, compute=write_result):
+    return cache.get("scores", 1, SETTINGS, ["input"], compute)
+
+
+def left_behind(root: Path) -> list[str]:
+    """Hidden folders: neither partial nor damaged results may stay."""
+    return [path.name for path in root.rglob(".*")]
+
+
+def is_whole(folder: Path) -> bool:
+    return (folder / "part" / "result.bin").read_bytes() == CONTENT and (folder / RECORD).exists()
+
+
+@pytest.fixture
+def cache(tmp_path) -> StageCache:
+    return StageCache(tmp_path / "cache")
+
+
+def test_a_stage_is_computed_once_and_then_reused_with_its_cost(cache):
+    first, second = get(cache), get(cache, never)
+    assert (first.cached, second.cached) == (False, True)
+    assert first.folder == second.folder == cache.root / "scores" / KEY
+    assert (first.key, first.stage) == (KEY, "scores")
+    assert (second.seconds, second.peak_memory_gib) == (first.seconds, first.peak_memory_gib)
+    assert first.seconds >= 0
+    assert first.peak_memory_gib > 0
+    assert is_whole(first.folder)
+    assert left_behind(cache.root) == []
+
+
+def test_a_second_process_reuses_what_the_first_one_finished(cache):
+    get(cache)
+    assert get(StageCache(cache.root), never).cached
+
+
+@pytest.mark.parametrize(
+    "other",
+    [("scores", 2, SETTINGS, ["input"]), ("scores", 1, {"alpha": 0.8}, ["input"]), ("scores", 1, SETTINGS, ["else"])],
+)
+def test_another_version_settings_or_input_is_another_stage(cache, other):
+    stored = get(cache)
+    assert cache.get(*other, write_result).folder != stored.folder
+    assert get(cache, never).cached
+
+
+def test_the_record_says_what_made_the_stage(cache):
+    record = json.loads((get(cache).folder / RECORD).read_text())
+    assert (record["stage"], record["key"], record["version"]) == ("scores", KEY, 1)
+    assert (record["settings"], record["inputs"]) == (SETTINGS, ["input"])
+    assert sorted(record["files"]) == ["other.txt", "part/result.bin"]
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+DAMAGES = {
+    "flipped byte": lambda folder: flip_a_byte(folder / "part" / "result.bin"),
+    "truncated file": lambda folder: truncate(folder / "part" / "result.bin"),
+    "missing file": lambda folder: (folder / "other.txt").unlink(),
+    "additional file": lambda folder: (folder / "third.txt").write_text("not ours"),
+    "missing record": lambda folder: (folder / RECORD).unlink(),
+    "truncated record": lambda folder: truncate(folder / RECORD),
+    "empty record": lambda folder: (folder / RECORD).write_text(""),
+    "record without entries": lambda folder: (folder / RECORD).write_text("{}"),
+    "record of another kind": lambda folder: (folder / RECORD).write_text("[]"),
+    "record of bytes": lambda folder: (folder / RECORD).write_bytes(b"\xff\xfe\x00"),
+    "empty folder": lambda folder: [shutil.rmtree(folder), folder.mkdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_stage_is_computed_again_with_a_warning(cache, damage, caplog):
+    damage(get(cache).folder)
+    with caplog.at_level(logging.WARNING):
+        again = get(cache)
+    assert not again.cached
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"{again.folder} is damaged" in caplog.text
+    assert is_whole(again.folder)
+    assert left_behind(cache.root) == []
+    assert get(cache, never).cached
+
+
+def test_any_flipped_byte_of_the_record_gives_the_stored_stage_or_a_new_one(cache):
+    record = get(cache).folder / RECORD
+    sound = record.read_bytes()
+    for position in range(len(sound)):
+        damaged = bytearray(sound)
+        damaged[position] ^= 4
+        record.write_bytes(damaged)
+        assert is_whole(get(cache).folder)
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt()], ids=["error", "interruption"])
+def test_a_stage_that_fails_leaves_nothing_behind_and_its_error_passes(cache, error):
+    def fail(folder: Path) -> None:
+        write_result(folder)
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        get(cache, fail)
+    assert raised.value is error
+    assert [path for path in cache.root.rglob("*") if path.is_file()] == []
+    assert left_behind(cache.root) == []
+    assert is_whole(get(cache).folder)
+
+
+def left_by(cache: StageCache, host: str, pid: int, key: str = KEY) -> Path:
+    """What a process that was killed while it computed a stage leaves."""
+    folder = cache.root / "scores" / f".partial-{key}-{host}-{pid}"
+    folder.mkdir(parents=True)
+    (folder / "half.bin").write_bytes(b"half")
+    return folder
+
+
+def test_what_a_dead_process_left_is_removed_and_what_a_live_one_writes_is_kept(cache):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host = socket.gethostname()
+    of_the_dead, of_the_living = left_by(cache, host, dead.pid), left_by(cache, host, os.getppid())
+    elsewhere, other_stage = left_by(cache, "another-host", dead.pid), left_by(cache, host, dead.pid, "0" * 32)
+    get(cache)
+    assert not of_the_dead.exists()
+    assert of_the_living.exists()
+    assert elsewhere.exists()
+    assert other_stage.exists()
+
+
+def test_what_a_process_of_a_machine_with_a_longer_name_writes_is_kept(cache):
+    elsewhere = left_by(cache, f"{socket.gethostname()}-2", 4_000_000)
+    get(cache)
+    assert elsewhere.exists()
+
+
+def test_of_two_processes_that_finish_the_same_stage_both_get_it(cache):
+    fork = multiprocessing.get_context("fork")
+    outcomes = fork.Queue()
+
+    def compute_while_another_finishes(folder: Path) -> None:
+        other = fork.Process(target=lambda: outcomes.put(get(StageCache(cache.root))))
+        other.start()
+        outcome = outcomes.get(timeout=60)
+        other.join()
+        assert is_whole(outcome.folder)
+        write_result(folder)
+
+    ours = get(cache, compute_while_another_finishes)
+    assert is_whole(ours.folder)
+    assert left_behind(cache.root) == []
+    assert get(cache, never).cached
+
+
+FULL = {
+    "no space": OSError(errno.ENOSPC, "No space left on device"),
+    "no quota": OSError(errno.EDQUOT, "Disk quota exceeded"),
+    "safetensors": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+}
+
+
+@pytest.mark.parametrize("error", FULL.values(), ids=FULL)
+def test_a_full_disk_is_a_cache_error_and_nothing_half_written_stays(cache, error):
+    def fill(folder: Path) -> None:
+        (folder / "half.bin").write_bytes(b"half")
+        raise error
+
+    with pytest.raises(CacheError, match=r"(?s)No disk space left while writing .*cache_dir=/path"):
+        get(cache, fill)
+    assert [path for path in cache.root.rglob("*") if path.is_file()] == []
+    assert left_behind(cache.root) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EROFS, "Read-only file system")],
+    ids=["no permission", "read-only file system"],
+)
+def test_a_folder_that_cannot_be_written_is_a_cache_error_but_what_it_holds_is_used(cache, monkeypatch, error):
+    get(cache)
+
+    def refuse(*_args: object, **_settings: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert get(cache, never).cached
+    with pytest.raises(CacheError, match=r"(?s)cannot be written: .*cache_dir=/path"):
+        cache.get("scores", 2, SETTINGS, ["input"], never)
+
+
+def test_a_cache_that_is_a_file_is_a_cache_error(tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(CacheError, match=r"(?s)cannot be written.*cache_dir=/path"):
+        get(StageCache(tmp_path / "cache"))
