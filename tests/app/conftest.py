@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -67,7 +68,7 @@ def here(tmp_path, monkeypatch, capfd) -> Iterator[Command]:
     monkeypatch.chdir(tmp_path)
     for name, value in {"HYDRA_FULL_ERROR": "1", "TQDM_DISABLE": "1", "MOEPRUNE_CACHE": "cache"}.items():
         monkeypatch.setenv(name, value)
-    root = logging.getLogger()
+    root, terminate = logging.getLogger(), signal.getsignal(signal.SIGTERM)
     handlers, level = root.handlers[:], root.level
 
     def run(*words: str) -> Outcome:
@@ -83,6 +84,7 @@ def here(tmp_path, monkeypatch, capfd) -> Iterator[Command]:
     yield run
     root.handlers[:] = handlers
     root.setLevel(level)
+    signal.signal(signal.SIGTERM, terminate)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import signal
 
 import pytest
 
@@ -54,6 +56,14 @@ def test_an_interrupted_run_says_so_in_its_manifest(here, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("moeprune.app.job._run", interrupt)
+    outcome = here("tracking=none")
+    assert outcome.code == 130
+    (manifest,) = outcome.manifests
+    assert json.loads(manifest.read_text())["status"] == "interrupted"
+
+
+def test_a_run_that_the_cluster_ends_says_so_in_its_manifest(here, monkeypatch):
+    monkeypatch.setattr("moeprune.app.job._run", lambda *_args: os.kill(os.getpid(), signal.SIGTERM))
     outcome = here("tracking=none")
     assert outcome.code == 130
     (manifest,) = outcome.manifests

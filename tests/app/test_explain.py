@@ -37,6 +37,16 @@ def test_a_choice_that_is_like_no_other_names_all():
     assert explanation_of("quantizer=zzz") == "quantizer=zzz does not exist.\nPossible: nf4, none."
 
 
+def test_a_path_given_as_the_model_shows_the_command_that_was_meant():
+    assert explanation_of("model=/data/my_model") == (
+        "model=/data/my_model does not exist.\nUse model=checkpoint model.path=/data/my_model"
+    )
+
+
+def test_several_values_without_a_sweep_show_the_flag_for_one():
+    assert explanation_of("ratio=0.25,0.5").endswith("Add --multirun to run several values.")
+
+
 def test_an_unknown_group_or_setting_names_the_nearest_of_both():
     assert explanation_of("quantiser=nf4").startswith(
         "quantiser is neither a group nor a setting.\nDid you mean: quantizer"

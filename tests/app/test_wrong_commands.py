@@ -177,11 +177,25 @@ def test_a_calibration_text_that_cannot_be_used_is_refused(here, tiny, tmp_path,
             r"scorer cannot be built from _target_ moeprune\.scoring\.\S+: .*alhpa.*\nCheck the set",
         ),
         (["scorer._target_=no_such_module.Scorer"], r"scorer cannot be built from _target_ no_such_module\.Scorer"),
+        (["evaluation.windows=many"], r"evaluation cannot be built from _target_ moeprune\.evaluation\.\S+: .*'str'"),
+        (["calibration.windows=0"], r"windows=0 is not possible\.\nUse a whole number of at least 1"),
+        (["calibration.sequence_length=1"], r"sequence_length=1 leaves nothing to predict\.\nUse"),
+        (["evaluation.tasks=cloze"], r"tasks=cloze is no list\.\nWrite evaluation\.tasks=\[cloze\]"),
+        (["allocator.smoothing_rounds=-1"], r"smoothing_rounds=-1 is not possible\.\nUse 0 or more"),
         (["quantizer=nf4", "+quantizer.bits=3"], r"quantizer cannot be built from _target_ \S+: .*bits"),
     ],
-    ids=["unknown setting", "not importable", "of the quantizer"],
+    ids=[
+        "unknown setting",
+        "not importable",
+        "word for a number",
+        "no windows",
+        "no room for a token",
+        "word for a list",
+        "negative rounds",
+        "of the quantizer",
+    ],
 )
-def test_a_plug_in_that_cannot_be_built_is_refused(here, tiny, words, message):
+def test_a_plug_in_with_wrong_settings_is_refused(here, tiny, words, message):
     outcome = here(*tiny, *words)
     assert_explained(outcome, message)
     assert_manifest_says_failed(outcome, "InputError")
@@ -196,7 +210,10 @@ def test_an_allocator_that_cannot_meet_the_ratio_is_refused_before_anything_is_c
 
 def test_a_scorer_without_channels_is_refused_by_an_allocator_that_needs_them(here, tiny):
     outcome = here(*tiny, "scorer=frequency", "allocator=coverage")
-    assert_explained(outcome, r"allocator=coverage needs a score for every channel.*\nUse allocator=whole_experts")
+    assert_explained(
+        outcome, r"CoverageAllocator needs a score for every channel; Frequency.*\nUse allocator=whole_exp"
+    )
+    assert not (outcome.place / "cache").exists()
 
 
 def test_a_cache_that_cannot_be_written_is_explained(here, tiny, text_file):
