@@ -1,6 +1,7 @@
 """Keeps the terminal for our own lines: progress bars, stages, tables."""
 
 import logging
+import os
 import warnings
 
 from rich.console import Console
@@ -16,12 +17,11 @@ def terminal(quiet: bool = False) -> Console:
 
 def quiet_libraries() -> None:
     """Silence what libraries say about themselves; our own lines say what matters."""
-    import datasets
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when evaluation imports it
     for name in ("httpx", "lm_eval", "lightning.pytorch", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)

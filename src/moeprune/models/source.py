@@ -17,6 +17,8 @@ from moeprune.models.shape import local_folder, weight_files
 # Files up to this size are identified by their content, larger ones by header, size and time of change.
 WHOLE_FILE_BYTES = 64 * 2**20
 HEAD_BYTES = 2**20
+# Configs and vocabularies; a model card does not change results.
+DESCRIBING_SUFFIXES = (".json", ".model", ".txt")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class ModelSource:
         """What results depend on: the checkpoint's content and the computing precision; not its place."""
         folder = self.folder()
         digest = hashlib.sha256()
-        for file in [*sorted(folder.glob("*.json")), *weight_files(folder)]:
+        described = sorted(file for file in folder.iterdir() if file.suffix in DESCRIBING_SUFFIXES)
+        for file in [*described, *weight_files(folder)]:
             digest.update(file.name.encode() + b"\0" + _file_digest(file))
         return {"content": digest.hexdigest(), "compute_dtype": self.compute_dtype}
 

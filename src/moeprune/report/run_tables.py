@@ -31,11 +31,11 @@ def run_table(metrics: Metrics) -> Table:
     tasks = names_in(variant.tasks for variant in variants)
     unit_bytes, unit = byte_unit(astuple(metrics.dense.bytes))
     columns = [column_of("variant", (variant.name for variant in variants), ROW_NAME)]
+    columns.append(column_of("ppl\nmean", (perplexity_text(v.mean_perplexity) for v in variants), QUALITY))
     for text in texts:
         perplexities = (variant.perplexity.get(text) for variant in variants)
         shown = (MISSING if value is None else perplexity_text(value) for value in perplexities)
-        columns.append(column_of(f"perplexity\n{text}", shown, QUALITY))
-    columns.append(column_of("perplexity\nmean", (perplexity_text(v.mean_perplexity) for v in variants), QUALITY))
+        columns.append(column_of(f"ppl\n{text}", shown, QUALITY))
     for task in tasks:
         columns.append(column_of(f"{task}\n%", (accuracy_text(v.tasks.get(task)) for v in variants), QUALITY))
     for part in ("total", "routed", "active"):
@@ -69,7 +69,7 @@ def stage_table(metrics: Metrics) -> Table:
 def perplexity_meaning(metrics: Sequence[Metrics]) -> str:
     """What the perplexities of these runs were measured on."""
     tokens = counts_text(variant.perplexity_tokens for each in metrics for variant in each.variants)
-    return f"Perplexity: lower is better; tokens: {tokens}; mean: geometric mean over the texts."
+    return f"Perplexity (ppl): lower is better; tokens: {tokens}; mean: geometric mean over the texts."
 
 
 def task_meaning(metrics: Sequence[Metrics]) -> str:
