@@ -16,7 +16,7 @@ from moeprune.calibration.windows import TokenWindows
 from moeprune.models.source import ModelSource
 
 BATCH_SIZE = 16
-ROUNDS = 7
+ROUNDS = 9
 
 
 def main() -> None:
