@@ -7,6 +7,7 @@ from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moeprune.app.terminal import quiet_libraries
 from moeprune.embedded import architectures
 from moeprune.embedded.card import write_model_card
 from moeprune.embedded.recipe import train_embedded_model
@@ -23,6 +24,7 @@ def run_training(config: DictConfig) -> None:
         raise InputError(
             f"architecture={config.architecture} does not exist.", possible=ARCHITECTURES, given=config.architecture
         )
+    quiet_libraries()
     torch.set_num_threads(config.threads)
     run_dir, weights, settings = Path(config.run_dir), dict(config.domain_weights), instantiate(config.settings)
     architecture = get_method(f"{architectures.__name__}.{config.architecture}")

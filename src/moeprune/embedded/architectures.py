@@ -1,4 +1,4 @@
-"""The two embedded architectures, one of each family of the paper, sized to train on a CPU in about an hour."""
+"""The two embedded architectures, one of each family of the paper; each trains on one CPU core in under two hours."""
 
 from transformers import DeepseekV2Config, PreTrainedConfig, Qwen3MoeConfig
 
