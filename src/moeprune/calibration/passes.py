@@ -1,0 +1,34 @@
+"""What a scorer may ask for beyond the statistics of routed tokens: a calibration pass of its own."""
+
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from transformers import PreTrainedModel
+
+from moeprune.calibration.windows import TokenWindows
+
+
+class PassResult(Protocol):
+    """What a pass found: a frozen dataclass of tensors."""
+
+    def save(self, path: Path) -> None: ...
+
+
+class CalibrationPass(Protocol):
+    """A costlier look at the model on the calibration windows; run once, cached, and only when a scorer asks for it.
+
+    A frozen dataclass: its fields are part of the cache key. ``stage`` names it in the cache and in reports; raise
+    ``version`` when its result changes for the same settings. A scorer asks by ``passes: tuple[CalibrationPass, ...]``
+    (class variable or property) and is called with ``scorer(statistics, *results)``, in that order.
+    """
+
+    stage: ClassVar[str]
+    version: ClassVar[int]
+
+    def __call__(self, model: PreTrainedModel, windows: TokenWindows, batch_size: int) -> PassResult:
+        """The model is left as it was. Sums in float64; padding does not count."""
+        ...
+
+    def load(self, path: Path) -> Any:
+        """What `PassResult.save` wrote."""
+        ...
