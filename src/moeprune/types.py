@@ -63,7 +63,8 @@ class Scores:
         tensors = load_file(path)
         names = [field.name for field in fields(ExpertWeights)]
         weights = {name: tensors.pop(f"weights.{name}") for name in names if f"weights.{name}" in tensors}
-        return cls(**{"channel_LEC": None, **tensors, "weights": ExpertWeights(**weights) if weights else None})
+        channel_LEC = tensors.pop("channel_LEC", None)
+        return cls(channel_LEC, **tensors, weights=ExpertWeights(**weights) if weights else None)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}

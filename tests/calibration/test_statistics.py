@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from moeprune.calibration import recorder
 from moeprune.calibration.recorder import OUTPUT_NORM_EPS, LayerRecorder
 from moeprune.calibration.statistics import Statistics, collect_statistics
 from moeprune.calibration.windows import TokenWindows
@@ -47,16 +48,19 @@ def loop_statistics(seen, valid_T):
     experts, hidden, width = down_EHC.shape
     per_expert = [
         "routed_tokens_LE", "gate_sum_LE", "probability_sum_LE", "output_norm_sum_LE", "output_sq_norm_sum_LE",
-        "gated_output_norm_sum_LE", "removal_sum_LE",
+        "gated_output_norm_sum_LE", "changed_output_norm_sum_LE", "removal_sum_LE",
     ]  # fmt: skip
     sums = {name: torch.zeros(experts, dtype=torch.float64) for name in per_expert}
     sums |= {name: torch.zeros(experts, hidden, dtype=torch.float64) for name in FIELDS if name.endswith("LEH")}
     sums |= {name: torch.zeros(experts, width, dtype=torch.float64) for name in FIELDS if name.endswith("LEC")}
     sums |= {name: torch.zeros((), dtype=torch.float64) for name in ("routed_output_loss_L", "router_entropy_sum_L")}
+    sums["logit_product_LEE"] = torch.zeros(experts, experts, dtype=torch.float64)
     for token in valid_T.nonzero().flatten().tolist():
         x, y = seen.x_TH[token], seen.y_TH[token]
         q = 1 / (y.dot(y) + OUTPUT_NORM_EPS)
         probability = seen.logits_TE[token].double().softmax(0)
+        logits = seen.logits_TE[token].double()
+        sums["logit_product_LEE"] += logits.outer(logits)
         sums["probability_sum_LE"] += probability
         sums["router_entropy_sum_L"] -= sum(p * p.log() for p in probability)
         chosen = []
@@ -66,12 +70,14 @@ def loop_statistics(seen, valid_T):
             chosen.append((expert, gate, gate_C, up_C, h_C, down_EHC[expert] @ h_C))
         m = sum(gate * f for _, gate, *_, f in chosen)
         sums["routed_output_loss_L"] += q * m.dot(m)
+        change = max(0, 1 - torch.cosine_similarity(y - m, y, dim=0))
         for expert, gate, gate_C, up_C, h_C, f in chosen:
             sums["routed_tokens_LE"][expert] += 1
             sums["gate_sum_LE"][expert] += gate
             sums["output_norm_sum_LE"][expert] += f.norm()
             sums["output_sq_norm_sum_LE"][expert] += f.dot(f)
             sums["gated_output_norm_sum_LE"][expert] += gate * f.norm()
+            sums["changed_output_norm_sum_LE"][expert] += gate * f.norm() * change
             sums["removal_sum_LE"][expert] += q * gate**2 * f.dot(f)
             sums["output_sum_LEH"][expert] += f
             sums["output_sq_sum_LEH"][expert] += f**2
@@ -86,16 +92,25 @@ def loop_statistics(seen, valid_T):
             for channel in range(width):
                 inner = down_EHC[expert, :, channel].dot(m)
                 sums["attribution_sum_LEC"][expert, channel] += q * gate * h_C[channel] * inner
+                sums["saliency_sum_LEC"][expert, channel] += (q * gate * h_C[channel] * inner).abs()
+                sums["gradient_sq_sum_LEC"][expert, channel] += (q * gate * inner) ** 2
                 sums["removal_sum_LEC"][expert, channel] += q * gate**2 * h_C[channel] ** 2
     for expert in range(experts):
+        input_norm_H = sums["input_sq_sum_LEH"][expert].sqrt()
         for channel in range(width):
-            sums["gate_row_norm_LEC"][expert, channel] = gate_up_EIH[expert, channel].norm()
-            sums["up_row_norm_LEC"][expert, channel] = gate_up_EIH[expert, width + channel].norm()
+            for name, row in (("gate", channel), ("up", width + channel)):
+                weight_H = gate_up_EIH[expert, row]
+                sums[f"{name}_row_norm_LEC"][expert, channel] = weight_H.norm()
+                sums[f"{name}_row_abs_sum_LEC"][expert, channel] = sum(weight_H.abs())
+                sums[f"{name}_row_input_norm_LEC"][expert, channel] = weight_H.abs().dot(input_norm_H)
             sums["down_column_norm_LEC"][expert, channel] = down_EHC[expert, :, channel].norm()
+            sums["down_column_abs_sum_LEC"][expert, channel] = sum(down_EHC[expert, :, channel].abs())
     return sums
 
 
-def test_every_field_equals_a_loop_over_tokens(tiny_model_64, random_windows, seen_layers):
+@pytest.mark.parametrize("rows_at_once", [1, 40, 4096])
+def test_every_field_equals_a_loop_over_tokens(tiny_model_64, random_windows, seen_layers, rows_at_once, monkeypatch):
+    monkeypatch.setattr(recorder, "ROWS_AT_ONCE", rows_at_once)
     windows = padded_windows(random_windows, extra=3)
     with seen_layers(tiny_model_64) as seen:
         statistics = collect_statistics(tiny_model_64, windows, batch_size=len(windows.input_ids_NT))
@@ -133,7 +148,9 @@ def test_windows_of_different_lengths_share_a_batch(tiny_model_64, random_window
     short = collect_statistics(tiny_model_64, TokenWindows(ids[1:, :4], mask[1:, :4]), batch_size=1)
     for name in FIELDS:
         parts = getattr(long, name), getattr(short, name)
-        if name.endswith("norm_LEC"):  # of the weights
+        if name.endswith("input_norm_LEC"):  # no sum: checked against the loop above
+            continue
+        if name.endswith(("norm_LEC", "abs_sum_LEC")):  # of the weights
             expected = parts[0]
         elif name.endswith("max_LEC"):
             expected = torch.maximum(*parts)
@@ -204,12 +221,11 @@ def test_a_recorded_forward_computes_what_the_model_computes(tiny_model, random_
     ids = random_windows.input_ids_NT
     plain = tiny_model(ids).logits
     layer = moe_layers(tiny_model)[0]
-    recorder = LayerRecorder(layer)
+    layer_recorder = LayerRecorder(layer)
     x_TH = torch.randn(9, layer.hidden_size, generator=torch.Generator().manual_seed(2))
     _, gates_TK, experts_TK = layer.router(x_TH)
     expected = layer.experts(x_TH, experts_TK, gates_TK)
-    with recorder.recording():
+    with layer_recorder.recording():
         torch.testing.assert_close(layer.experts(x_TH, experts_TK, gates_TK), expected, rtol=1e-6, atol=1e-6)
-        recorder._passes.clear()
-        recorder.expect(torch.ones(ids.numel(), dtype=torch.bool))
+        layer_recorder.expect(torch.ones(ids.numel(), dtype=torch.bool))
         torch.testing.assert_close(tiny_model(ids).logits, plain, rtol=1e-5, atol=1e-5)

@@ -7,39 +7,60 @@ are held. When the decoder layer's output ``y`` is known, they are reduced to su
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moeprune.models.adapter import MoeLayer, Routing
-from moeprune.models.dispatch import combine, dispatch
+from moeprune.models.dispatch import Dispatch, combine, dispatch
 
 # Keeps q finite where a layer output is exactly zero; ||y||^2 is of the order of the hidden size.
 OUTPUT_NORM_EPS = 1e-6
 
-# The rows of the accumulators below, in the order in which `_reduce_expert` stacks them.
+# So many rows are reduced at once: enough for long vector operations, few enough to stay near the cache.
+ROWS_AT_ONCE = 2048
+
+# Sums over an expert's rows, as (name, weight of a row, value of a channel in that row).
 CHANNEL_SUMS = (
-    "channel_sum", "channel_sq_sum", "gated_channel_sq_sum", "removal_sum", "attribution_sum", "gate_sq_sum",
-    "up_sq_sum",
-)  # fmt: skip
+    ("channel_sum", "valid", "h"),
+    ("channel_sq_sum", "valid", "h^2"),
+    ("gated_channel_sq_sum", "g^2", "h^2"),
+    ("removal_sum", "q g^2", "h^2"),
+    ("attribution_sum", "q g", "h p"),
+    ("saliency_sum", "q g", "|h p|"),
+    ("gradient_sq_sum", "q^2 g^2", "p^2"),
+    ("gate_sq_sum", "valid", "gate^2"),
+    ("up_sq_sum", "valid", "up^2"),
+)
+ROW_WEIGHTS = ("valid", "g^2", "q g^2", "q g", "q^2 g^2")
+CHANNEL_VALUES = ("h", "h^2", "h p", "|h p|", "p^2", "gate^2", "up^2")
 HIDDEN_SUMS = ("output_sum", "output_sq_sum", "input_sq_sum")
 EXPERT_SUMS = (
-    "routed_tokens", "gate_sum", "output_norm_sum", "output_sq_norm_sum", "gated_output_norm_sum", "removal_sum",
+    "routed_tokens", "gate_sum", "output_norm_sum", "output_sq_norm_sum", "gated_output_norm_sum",
+    "changed_output_norm_sum", "removal_sum",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class _ExpertPass:
-    """What one expert computed for the n rows routed to it: x [n, H], gate, up and h [n, C], f [n, H]."""
+class _Held:
+    """What the experts of a layer computed for one batch, rows sorted by expert."""
 
-    expert: int
-    token_n: Tensor
-    weight_n: Tensor
-    x_nH: Tensor
-    gate_nC: Tensor
-    up_nC: Tensor
-    h_nC: Tensor
-    f_nH: Tensor
+    routed: Dispatch
+    x_AH: Tensor
+    gate_up_AC: Tensor
+    h_AC: Tensor
+    f_AH: Tensor
+    m_TH: Tensor
+
+
+@dataclass(frozen=True)
+class _TokenWeights:
+    """What the reductions need to know of each token, at least float32; all 0 for padding."""
+
+    valid_T: Tensor
+    q_T: Tensor
+    change_T: Tensor  # 1 - cos of the layer's output without and with the routed experts
 
 
 class LayerRecorder:
@@ -54,9 +75,9 @@ class LayerRecorder:
         self._hidden_ESH = torch.zeros(experts, len(HIDDEN_SUMS), hidden, dtype=torch.float64)
         self._expert_ES = torch.zeros(experts, len(EXPERT_SUMS), dtype=torch.float64)
         self._probability_sum_E = torch.zeros(experts, dtype=torch.float64)
+        self._logit_product_EE = torch.zeros(experts, experts, dtype=torch.float64)
         self._entropy_sum = torch.zeros((), dtype=torch.float64)
         self._routed_output_loss = torch.zeros((), dtype=torch.float64)
-        self._passes: list[_ExpertPass] = []
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -77,87 +98,159 @@ class LayerRecorder:
 
     def sums(self) -> dict[str, Tensor]:
         """The fields of `Statistics` for this layer, by their names without the L axis."""
-        width = self._experts.down_proj.shape[2]
-        row_norm_EC = torch.linalg.vector_norm(self._experts.gate_up_proj.detach(), dim=2, dtype=torch.float64)
-        column_norm_EC = torch.linalg.vector_norm(self._experts.down_proj.detach(), dim=1, dtype=torch.float64)
+        input_sq_sum_EH = self._hidden_ESH[:, HIDDEN_SUMS.index("input_sq_sum")]
         return {
-            **{f"{name}_EC": self._channel_ESC[:, row] for row, name in enumerate(CHANNEL_SUMS)},
+            **{f"{name}_EC": self._channel_ESC[:, row] for row, (name, _, _) in enumerate(CHANNEL_SUMS)},
             **{f"{name}_EH": self._hidden_ESH[:, row] for row, name in enumerate(HIDDEN_SUMS)},
             **{f"{name}_E": self._expert_ES[:, row] for row, name in enumerate(EXPERT_SUMS)},
             "gated_channel_sq_max_EC": self._channel_max_EC,
             "probability_sum_E": self._probability_sum_E,
-            "gate_row_norm_EC": row_norm_EC[:, :width].cpu(),
-            "up_row_norm_EC": row_norm_EC[:, width:].cpu(),
-            "down_column_norm_EC": column_norm_EC.cpu(),
+            "logit_product_EE": self._logit_product_EE,
             "routed_output_loss": self._routed_output_loss,
             "router_entropy_sum": self._entropy_sum,
+            **_weight_norms(self._experts, input_sq_sum_EH.sqrt()),
         }
 
     def _keep_routing(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        log_probability_TE = Routing(*output).logits_TE[self._valid_T].double().log_softmax(dim=-1)
+        logits_TE = Routing(*output).logits_TE[self._valid_T].double()
+        log_probability_TE = logits_TE.log_softmax(dim=-1)
         probability_TE = log_probability_TE.exp()
         self._probability_sum_E += probability_TE.sum(dim=0).cpu()
+        self._logit_product_EE += (logits_TE.T @ logits_TE).cpu()
         self._entropy_sum -= (probability_TE * log_probability_TE).sum().cpu()
 
     def _run_experts(self, hidden_TH: Tensor, experts_TK: Tensor, gates_TK: Tensor) -> Tensor:
-        """The experts' forward; holds each expert's values until the layer's output is known."""
-        routed = dispatch(experts_TK, gates_TK, len(self._expert_ES))
+        """The experts' forward; holds their values until the layer's output is known."""
+        experts, hidden, width = self._experts.down_proj.shape
+        routed = dispatch(experts_TK, gates_TK, experts)
         x_AH = hidden_TH[routed.token_A]
+        gate_up_AC = x_AH.new_empty(len(x_AH), 2 * width)
         for expert, rows in routed.active():
-            x_nH = x_AH[rows]
-            gate_nC, up_nC = (x_nH @ self._experts.gate_up_proj[expert].T).chunk(2, dim=-1)
-            h_nC = self._experts.act_fn(gate_nC) * up_nC
-            f_nH = h_nC @ self._experts.down_proj[expert].T
-            gate_n = routed.gate_A[rows]
-            self._passes.append(_ExpertPass(expert, routed.token_A[rows], gate_n, x_nH, gate_nC, up_nC, h_nC, f_nH))
-        self._mixed_TH = combine(torch.cat([one.f_nH for one in self._passes]), routed, len(hidden_TH))
-        return self._mixed_TH
+            torch.mm(x_AH[rows], self._experts.gate_up_proj[expert].T, out=gate_up_AC[rows])
+        h_AC = self._experts.act_fn(gate_up_AC[:, :width]) * gate_up_AC[:, width:]
+        f_AH = x_AH.new_empty(len(x_AH), hidden)
+        for expert, rows in routed.active():
+            torch.mm(h_AC[rows], self._experts.down_proj[expert].T, out=f_AH[rows])
+        m_TH = combine(f_AH, routed, len(hidden_TH))
+        self._held = _Held(routed, x_AH, gate_up_AC, h_AC, f_AH, m_TH)
+        return m_TH
 
     def _reduce_layer(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor]) -> None:
         layer_output = output if isinstance(output, Tensor) else output[0]
         y_TH = _at_least_float32(layer_output.reshape(-1, layer_output.shape[-1]))
-        m_TH = _at_least_float32(self._mixed_TH)
+        m_TH = _at_least_float32(self._held.m_TH)
         valid_T = self._valid_T.to(y_TH.dtype)
-        q_T = valid_T / (y_TH.square().sum(dim=-1) + OUTPUT_NORM_EPS)
-        self._routed_output_loss += (q_T @ m_TH.square().sum(dim=-1)).double().cpu()
-        for one in self._passes:
-            self._reduce_expert(one, m_TH, q_T, valid_T)
-        self._passes.clear()
+        y_sq_T, m_sq_T, ym_T = (torch.linalg.vecdot(a, b) for a, b in ((y_TH, y_TH), (m_TH, m_TH), (y_TH, m_TH)))
+        q_T = valid_T / (y_sq_T + OUTPUT_NORM_EPS)
+        norms_T = ((y_sq_T - 2 * ym_T + m_sq_T).clamp(min=0) * y_sq_T).sqrt()
+        cosine_T = (y_sq_T - ym_T) / norms_T.clamp(min=torch.finfo(y_TH.dtype).tiny)
+        weights = _TokenWeights(valid_T, q_T, valid_T * (1 - cosine_T).clamp(min=0))
+        self._routed_output_loss += (q_T @ m_sq_T).double().cpu()
+        for experts in _expert_groups(self._held.routed.counts):
+            self._reduce_experts(experts, self._held, m_TH, weights)
+        del self._held
 
-    def _reduce_expert(self, one: _ExpertPass, m_TH: Tensor, q_T: Tensor, valid_T: Tensor) -> None:
-        h_nC, f_nH = _at_least_float32(one.h_nC), _at_least_float32(one.f_nH)
-        valid_n, q_n = valid_T[one.token_n], q_T[one.token_n]
-        g_n = one.weight_n.to(q_n.dtype)  # some routers give float32 gates whatever the model's dtype
-        down_HC = _at_least_float32(self._experts.down_proj[one.expert])
+    def _reduce_experts(self, experts: "_ExpertRows", held: _Held, m_TH: Tensor, weights: _TokenWeights) -> None:
+        """Add the rows of a few neighbouring experts to the sums."""
+        rows = experts.rows
+        token_n = held.routed.token_A[rows]
+        g_n = held.routed.gate_A[rows].to(m_TH.dtype)  # some routers give float32 gates whatever the model's dtype
+        valid_n, q_n = weights.valid_T[token_n], weights.q_T[token_n]
+        weight_Sn = torch.stack([valid_n, valid_n * g_n**2, q_n * g_n**2, q_n * g_n, (q_n * g_n) ** 2])
+        value_nVC = self._channel_values(experts, held, m_TH[token_n])
+        gated_h_sq_nC = weight_Sn[1].unsqueeze(-1) * value_nVC[:, CHANNEL_VALUES.index("h^2")]
 
-        h_sq_nC, f_sq_nH = h_nC.square(), f_nH.square()
-        gated_h_sq_nC = (valid_n * g_n.square()).unsqueeze(-1) * h_sq_nC
-        projected_nC = m_TH[one.token_n] @ down_HC  # <w_c, m_t>
-        channel_SC = [
-            valid_n @ h_nC,
-            valid_n @ h_sq_nC,
-            gated_h_sq_nC.sum(dim=0),
-            q_n @ gated_h_sq_nC,
-            (q_n * g_n) @ (h_nC * projected_nC),
-            valid_n @ _at_least_float32(one.gate_nC).square(),
-            valid_n @ _at_least_float32(one.up_nC).square(),
-        ]
-        hidden_SH = [valid_n @ f_nH, valid_n @ f_sq_nH, valid_n @ _at_least_float32(one.x_nH).square()]
-        f_sq_norm_n = f_sq_nH.sum(dim=-1)
+        f_nH = _at_least_float32(held.f_AH[rows])
+        hidden_S_nH = (f_nH, f_nH.square(), _at_least_float32(held.x_AH[rows]).square())
+        f_sq_norm_n = hidden_S_nH[1].sum(dim=-1)
         f_norm_n = f_sq_norm_n.sqrt()
-        expert_S = [
-            valid_n.sum(),
-            valid_n @ g_n,
-            valid_n @ f_norm_n,
-            valid_n @ f_sq_norm_n,
-            (valid_n * g_n) @ f_norm_n,
-            (q_n * g_n.square()) @ f_sq_norm_n,
-        ]
-        self._channel_ESC[one.expert] += torch.stack(channel_SC).double().cpu()
-        self._hidden_ESH[one.expert] += torch.stack(hidden_SH).double().cpu()
-        self._expert_ES[one.expert] += torch.stack(expert_S).double().cpu()
-        largest_C = gated_h_sq_nC.amax(dim=0).double().cpu()
-        self._channel_max_EC[one.expert] = torch.maximum(self._channel_max_EC[one.expert], largest_C)
+        of_row_nS = torch.stack([valid_n, valid_n * g_n, valid_n * f_norm_n, valid_n * f_sq_norm_n,
+                                 valid_n * g_n * f_norm_n, weights.change_T[token_n] * g_n * f_norm_n,
+                                 weight_Sn[2] * f_sq_norm_n], dim=1)  # fmt: skip
+
+        channel, hidden, expert, largest = [], [], [], []
+        for each in experts.split():
+            sums_SVC = (weight_Sn[:, each] @ value_nVC[each].flatten(1)).unflatten(1, value_nVC.shape[1:])
+            channel += [sums_SVC[ROW_WEIGHTS.index(w), CHANNEL_VALUES.index(v)] for _, w, v in CHANNEL_SUMS]
+            hidden += [valid_n[each] @ value_nH[each] for value_nH in hidden_S_nH]
+            expert.append(of_row_nS[each].sum(dim=0))
+            largest.append(gated_h_sq_nC[each].amax(dim=0))
+        index = experts.index
+        self._channel_ESC[index] += torch.stack(channel).unflatten(0, (len(index), -1)).double().cpu()
+        self._hidden_ESH[index] += torch.stack(hidden).unflatten(0, (len(index), -1)).double().cpu()
+        self._expert_ES[index] += torch.stack(expert).double().cpu()
+        self._channel_max_EC[index] = self._channel_max_EC[index].maximum(torch.stack(largest).double().cpu())
+
+    def _channel_values(self, experts: "_ExpertRows", held: _Held, m_nH: Tensor) -> Tensor:
+        """The `CHANNEL_VALUES` of each row [n, V, C], with p = <w_c, m_t>."""
+        h_nC = _at_least_float32(held.h_AC[experts.rows])
+        gate_up_nC = _at_least_float32(held.gate_up_AC[experts.rows])
+        value_nVC = h_nC.new_empty(len(h_nC), len(CHANNEL_VALUES), h_nC.shape[1])
+        p_nC = torch.empty_like(h_nC)
+        for expert, each in zip(experts.index, experts.split(), strict=True):
+            torch.mm(m_nH[each], _at_least_float32(self._experts.down_proj[expert]), out=p_nC[each])
+        value_nVC[:, 0] = h_nC
+        torch.mul(h_nC, h_nC, out=value_nVC[:, 1])
+        torch.mul(h_nC, p_nC, out=value_nVC[:, 2])
+        torch.abs(value_nVC[:, 2], out=value_nVC[:, 3])
+        torch.mul(p_nC, p_nC, out=value_nVC[:, 4])
+        torch.mul(gate_up_nC, gate_up_nC, out=value_nVC[:, 5:].flatten(1))
+        return value_nVC
+
+
+@dataclass(frozen=True)
+class _ExpertRows:
+    """Neighbouring experts that got tokens, and the rows of each among the batch's assignments."""
+
+    index: list[int]
+    counts: list[int]
+    start: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + sum(self.counts))
+
+    def split(self) -> list[slice]:
+        """The rows of each expert, counted from the first row of all."""
+        ends = [sum(self.counts[: at + 1]) for at in range(len(self.counts))]
+        return [slice(end - count, end) for end, count in zip(ends, self.counts, strict=True)]
+
+
+def _expert_groups(counts: list[int]) -> Iterator[_ExpertRows]:
+    """Groups of experts with about `ROWS_AT_ONCE` rows together."""
+    start = 0
+    index: list[int] = []
+    held: list[int] = []
+    for expert, count in enumerate(counts):
+        if held and sum(held) + count > ROWS_AT_ONCE:
+            yield _ExpertRows(index, held, start)
+            start, index, held = start + sum(held), [], []
+        if count:
+            index.append(expert)
+            held.append(count)
+    if held:
+        yield _ExpertRows(index, held, start)
+
+
+def _weight_norms(experts: Any, input_norm_EH: Tensor) -> dict[str, Tensor]:
+    """L2 and L1 norms of each channel's weights, and of its gate and up rows the L1 norm weighted by the inputs'."""
+    norms: dict[str, list[Tensor]] = {}
+
+    def keep(name: str, values_C: Tensor) -> None:
+        norms.setdefault(f"{name}_EC", []).append(values_C.double().cpu())
+
+    for gate_up_CH, down_HC, input_norm_H in zip(
+        experts.gate_up_proj.detach(), experts.down_proj.detach(), input_norm_EH, strict=True
+    ):
+        for name, weight_CH in zip(("gate_row", "up_row"), _at_least_float32(gate_up_CH).chunk(2), strict=True):
+            absolute_CH = weight_CH.abs()
+            keep(f"{name}_norm", torch.linalg.vector_norm(weight_CH, dim=1))
+            keep(f"{name}_abs_sum", absolute_CH.sum(dim=1))
+            keep(f"{name}_input_norm", absolute_CH @ input_norm_H.to(absolute_CH))
+        weight_HC = _at_least_float32(down_HC)
+        keep("down_column_norm", torch.linalg.vector_norm(weight_HC, dim=0))
+        keep("down_column_abs_sum", weight_HC.abs().sum(dim=0))
+    return {name: torch.stack(values) for name, values in norms.items()}
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ class Statistics:
     output_norm_sum_LE: Tensor  # sum ||f||
     output_sq_norm_sum_LE: Tensor  # sum ||f||^2
     gated_output_norm_sum_LE: Tensor  # sum g ||f||
+    changed_output_norm_sum_LE: Tensor  # sum g ||f|| max(0, 1 - cos(y - m, y))
     removal_sum_LE: Tensor  # sum q g^2 ||f||^2
     output_sum_LEH: Tensor  # sum f
     output_sq_sum_LEH: Tensor  # sum f^2
@@ -43,12 +44,20 @@ class Statistics:
     gate_sq_sum_LEC: Tensor  # sum of squared gate pre-activations
     up_sq_sum_LEC: Tensor  # sum of squared up pre-activations
     attribution_sum_LEC: Tensor  # sum q g h <w_c, m>
+    saliency_sum_LEC: Tensor  # sum q g |h <w_c, m>|
+    gradient_sq_sum_LEC: Tensor  # sum (q g <w_c, m>)^2
     removal_sum_LEC: Tensor  # sum q g^2 h^2
     gate_row_norm_LEC: Tensor  # norm of row c of the gate projection
     up_row_norm_LEC: Tensor  # norm of row c of the up projection
     down_column_norm_LEC: Tensor  # ||w_c||
+    gate_row_abs_sum_LEC: Tensor  # sum of absolute values of row c of the gate projection
+    up_row_abs_sum_LEC: Tensor  # ... of the up projection
+    down_column_abs_sum_LEC: Tensor  # ... of w_c
+    gate_row_input_norm_LEC: Tensor  # sum_j |W_gate[c, j]| sqrt(sum x_j^2)
+    up_row_input_norm_LEC: Tensor  # sum_j |W_up[c, j]| sqrt(sum x_j^2)
     routed_output_loss_L: Tensor  # sum over all tokens of q ||m||^2
     router_entropy_sum_L: Tensor  # sum over all tokens of the entropy of the router's softmax, in nats
+    logit_product_LEE: Tensor  # sum over all tokens of z z^T, with the router's logits z
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
@@ -88,4 +97,4 @@ def _stacked(tokens: int, recorders: Sequence[LayerRecorder]) -> Statistics:
 
 def _with_layer_axis(name: str) -> str:
     stem, _, axes = name.rpartition("_")
-    return f"{stem}_L{axes}" if axes in ("E", "EC", "EH") else f"{name}_L"
+    return f"{stem}_L{axes}" if axes in ("E", "EC", "EH", "EE") else f"{name}_L"
