@@ -53,7 +53,8 @@ class Scores:
     def save(self, path: Path) -> None:
         """Write as safetensors, in float64 (subsets as bool)."""
         tensors = {
-            name: (value if value.dtype == torch.bool else value.double()).contiguous()
+            # A copy each: two names may share one tensor, which the format does not allow.
+            name: value.to(torch.bool if value.dtype == torch.bool else torch.float64, copy=True).contiguous()
             for name, value in self._tensors().items()
         }
         save_file(tensors, path)

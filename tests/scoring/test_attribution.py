@@ -12,6 +12,7 @@ from torch import Tensor
 from moeprune.calibration.recorder import OUTPUT_NORM_EPS
 from moeprune.calibration.statistics import collect_statistics
 from moeprune.scoring.attribution import AttributionScorer, attribution_LEC, block_local_loss_L
+from moeprune.scoring.removal import RemovalScorer
 
 ALPHA = 0.9
 
@@ -101,19 +102,20 @@ def test_layer_loss_equals_the_loss_at_alpha(statistics_and_blocks):
 def test_expert_removal_equals_the_loss_without_that_expert(statistics_and_blocks):
     """``R_e = sum_t q g^2 ||f||^2`` is the exact loss of removing one expert from the intact layer."""
     statistics, blocks = statistics_and_blocks
+    scores = RemovalScorer()(statistics)
     for layer, block in enumerate(blocks):
         losses = []
         for expert in range(len(block.down_EHC)):
             mask_EC = block.mask(1.0)
             mask_EC[expert] = 0
             losses.append(block.loss(mask_EC))
-        assert_close_to_scale(statistics.removal_sum_LE[layer], torch.stack(losses))
+        assert_close_to_scale(scores.expert_LE[layer], torch.stack(losses))
 
 
 def test_channel_removal_equals_the_loss_without_that_channel(statistics_and_blocks):
     """``R_ec = ||w_c||^2 sum_t q g^2 h^2``."""
     statistics, blocks = statistics_and_blocks
-    removal_LEC = statistics.removal_sum_LEC * statistics.down_column_norm_LEC.square()
+    removal_LEC = RemovalScorer()(statistics).channel_LEC
     for layer, block in enumerate(blocks):
         losses_EC = torch.zeros_like(block.mask(1.0))
         for expert, channel in torch.cartesian_prod(*(torch.arange(size) for size in losses_EC.shape)).tolist():
@@ -126,7 +128,7 @@ def test_channel_removal_equals_the_loss_without_that_channel(statistics_and_blo
 def test_removal_at_alpha_is_exact_to_second_order(statistics_and_blocks):
     """``A_e + alpha^2 R_e`` is the change of the loss at alpha when expert e goes."""
     statistics, blocks = statistics_and_blocks
-    predicted_LE = AttributionScorer(ALPHA)(statistics).expert_LE + ALPHA**2 * statistics.removal_sum_LE
+    predicted_LE = RemovalScorer(ALPHA, intact=False)(statistics).expert_LE
     for layer, block in enumerate(blocks):
         start = block.loss(block.mask(ALPHA))
         changes = []
@@ -135,6 +137,20 @@ def test_removal_at_alpha_is_exact_to_second_order(statistics_and_blocks):
             mask_EC[expert] = 0
             changes.append(block.loss(mask_EC) - start)
         assert_close_to_scale(predicted_LE[layer], torch.stack(changes))
+
+
+def test_channel_removal_at_alpha_is_exact_to_second_order(statistics_and_blocks):
+    """``A_ec + alpha^2 R_ec`` is the change of the loss at alpha when channel c of expert e goes."""
+    statistics, blocks = statistics_and_blocks
+    predicted_LEC = RemovalScorer(ALPHA, intact=False)(statistics).channel_LEC
+    for layer, block in enumerate(blocks):
+        start = block.loss(block.mask(ALPHA))
+        changes_EC = torch.zeros_like(block.mask(1.0))
+        for expert, channel in torch.cartesian_prod(*(torch.arange(size) for size in changes_EC.shape)).tolist():
+            mask_EC = block.mask(ALPHA)
+            mask_EC[expert, channel] = 0
+            changes_EC[expert, channel] = block.loss(mask_EC) - start
+        assert_close_to_scale(predicted_LEC[layer], changes_EC)
 
 
 def test_attribution_vanishes_for_the_intact_model(statistics_and_blocks):

@@ -1,66 +1,46 @@
-"""Activation and frequency against loops over tokens, and what holds for every scorer."""
-
-import dataclasses
+"""What holds for every scorer of routed tokens, and for scores."""
 
 import pytest
 import torch
 
 from moeprune.calibration.statistics import collect_statistics
-from moeprune.calibration.windows import TokenWindows
 from moeprune.errors import NumericalError
 from moeprune.models.adapter import moe_layers
 from moeprune.scoring.activation import ActivationScorer
+from moeprune.scoring.aimer import AimerScorer
 from moeprune.scoring.attribution import AttributionScorer
-from moeprune.scoring.frequency import FrequencyScorer
-from moeprune.types import Scores
+from moeprune.scoring.camera import CameraScorer
+from moeprune.scoring.expert_outputs import EasyEpScorer, ExpertOutputScorer, MoneScorer
+from moeprune.scoring.flap import FlapScorer
+from moeprune.scoring.frequency import FrequencyScorer, RouterScoreScorer, SoftCountScorer
+from moeprune.scoring.magnitude import MagnitudeScorer
+from moeprune.scoring.removal import RemovalScorer
+from moeprune.scoring.wanda import WandaScorer
+from moeprune.types import ExpertWeights, Scores
 
-SCORERS = [ActivationScorer(), AttributionScorer(), FrequencyScorer()]
-
-
-def activations_of(seen, expert):
-    """gate, up and h of every token routed to the expert, as three lists of rows."""
-    gate_up, width = seen.layer.experts.gate_up_proj[expert], seen.layer.widths[expert]
-    tokens = (seen.experts_TK == expert).any(dim=1).nonzero().flatten().tolist()
-    gates = [gate_up[:width] @ seen.x_TH[token] for token in tokens]
-    ups = [gate_up[width:] @ seen.x_TH[token] for token in tokens]
-    return gates, ups, [seen.layer.experts.act_fn(gate) * up for gate, up in zip(gates, ups, strict=True)]
-
-
-@pytest.mark.parametrize(("first", "tokens"), [(5, 11), (1, 4)])
-@torch.no_grad()
-def test_activation_is_the_mean_of_three_root_mean_squares(tiny_model_64, random_windows, seen_layers, first, tokens):
-    """Also with so few tokens that experts get one or none."""
-    windows = TokenWindows(random_windows.input_ids_NT[:first, :tokens], random_windows.mask_NT[:first, :tokens])
-    with seen_layers(tiny_model_64) as seen:
-        statistics = collect_statistics(tiny_model_64, windows, batch_size=5)
-    scores = ActivationScorer()(statistics)
-    for layer, saw in enumerate(seen):
-        for expert in range(saw.layer.expert_count):
-            if not statistics.routed_tokens_LE[layer, expert]:
-                assert (scores.channel_LEC[layer, expert] == 0).all()
-                continue
-            rows = [torch.stack(values) for values in activations_of(saw, expert)]
-            expected = sum((values**2).mean(dim=0) ** 0.5 for values in rows) / 3
-            torch.testing.assert_close(scores.channel_LEC[layer, expert], expected, rtol=1e-11, atol=1e-13)
+# These see only what tokens do in the experts they are routed to.
+OF_ROUTED_TOKENS = [
+    ActivationScorer(),
+    AttributionScorer(),
+    AttributionScorer(usage=True),
+    CameraScorer(),
+    EasyEpScorer(),
+    ExpertOutputScorer(gated=False, squared=False, per_token=False),
+    ExpertOutputScorer(gated=True, squared=False, per_token=True),
+    ExpertOutputScorer(gated=False, squared=True, per_token=True),
+    FrequencyScorer(),
+    MoneScorer(),
+    MoneScorer(over_routed_tokens=True),
+    RemovalScorer(),
+    RemovalScorer(intact=False),
+    SoftCountScorer(),
+    WandaScorer(),
+    WandaScorer(inputs=True),
+]
+SCORERS = [*OF_ROUTED_TOKENS, AimerScorer(), FlapScorer(), MagnitudeScorer(), RouterScoreScorer()]
 
 
-def test_activation_scores_experts_and_layers_by_attribution(tiny_model_64, random_windows):
-    statistics = collect_statistics(tiny_model_64, random_windows, batch_size=5)
-    activation, attribution = ActivationScorer(0.8)(statistics), AttributionScorer(0.8)(statistics)
-    assert torch.equal(activation.expert_LE, attribution.expert_LE)
-    assert torch.equal(activation.layer_L, attribution.layer_L)
-
-
-@torch.no_grad()
-def test_frequency_counts_the_tokens_of_each_expert(tiny_model_64, random_windows, seen_layers):
-    with seen_layers(tiny_model_64) as seen:
-        scores = FrequencyScorer()(collect_statistics(tiny_model_64, random_windows, batch_size=5))
-    counts = [[int((saw.experts_TK == e).sum()) for e in range(saw.layer.expert_count)] for saw in seen]
-    assert scores.expert_LE.tolist() == counts
-    assert scores.channel_LEC is None
-
-
-@pytest.mark.parametrize("scorer", SCORERS, ids=lambda scorer: type(scorer).__name__)
+@pytest.mark.parametrize("scorer", SCORERS, ids=repr)
 @torch.no_grad()
 def test_permuting_experts_permutes_scores(tiny_model_64, random_windows, scorer):
     before = scorer(collect_statistics(tiny_model_64, random_windows, batch_size=5))
@@ -83,10 +63,16 @@ def _expert_one_for_expert_zero(_router, _inputs, output):
     return logits_TE, gates_TK, experts_TK.masked_fill(experts_TK == 0, 1)
 
 
-@pytest.mark.parametrize("scorer", SCORERS, ids=lambda scorer: type(scorer).__name__)
-def test_an_expert_that_no_token_reaches_scores_zero(tiny_model_64, random_windows, scorer):
+@pytest.fixture
+def statistics_without_expert_zero(tiny_model_64, random_windows):
+    """Of a model whose first layer sends the tokens of expert 0 to expert 1."""
     moe_layers(tiny_model_64)[0].router.register_forward_hook(_expert_one_for_expert_zero)
-    scores = scorer(collect_statistics(tiny_model_64, random_windows, batch_size=5))
+    return collect_statistics(tiny_model_64, random_windows, batch_size=5)
+
+
+@pytest.mark.parametrize("scorer", OF_ROUTED_TOKENS, ids=repr)
+def test_an_expert_that_no_token_reaches_scores_zero(statistics_without_expert_zero, scorer):
+    scores = scorer(statistics_without_expert_zero)
     assert scores.expert_LE[0, 0] == 0
     assert scores.expert_LE[0, 1] != 0
     if scores.channel_LEC is not None:
@@ -94,20 +80,72 @@ def test_an_expert_that_no_token_reaches_scores_zero(tiny_model_64, random_windo
         assert (scores.channel_LEC[0, 1] != 0).all()
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Scores)])
+def test_flap_gives_channels_that_no_token_reaches_the_least_score_of_their_layer(statistics_without_expert_zero):
+    channel_LEC = FlapScorer()(statistics_without_expert_zero).channel_LEC
+    assert channel_LEC is not None
+    assert (channel_LEC[0, 0] == channel_LEC[0].min()).all()
+    assert (channel_LEC[0, 1] > channel_LEC[0].min()).all()
+
+
+@pytest.mark.parametrize("scorer", SCORERS, ids=repr)
+def test_layers_are_scored_by_their_loss_and_classes_say_whether_they_score_channels(
+    statistics_without_expert_zero, scorer
+):
+    scores = scorer(statistics_without_expert_zero)
+    torch.testing.assert_close(scores.layer_L, 0.01 * statistics_without_expert_zero.routed_output_loss_L)
+    assert getattr(scorer, "scores_channels", True) == (scores.channel_LEC is not None)
+    assert {value.dtype for value in (scores.channel_LEC, scores.expert_LE) if value is not None} == {torch.float64}
+
+
+def _full_scores() -> dict[str, torch.Tensor]:
+    shapes = {"channel_LEC": (2, 3, 4), "expert_LE": (2, 3), "layer_L": (2,), "distance_LEE": (2, 3, 3)}
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.rand(shape, dtype=torch.float64, generator=generator) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("field", list(_full_scores()))
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_scores_that_are_not_finite_are_a_numerical_error(field, value):
-    shapes = {"channel_LEC": (2, 3, 4), "expert_LE": (2, 3), "layer_L": (2,)}
-    tensors = {name: torch.ones(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    tensors = _full_scores()
     tensors[field].view(-1)[-1] = value
     with pytest.raises(NumericalError, match=field):
         Scores(**tensors)
 
 
+def test_expert_weights_that_are_not_finite_are_a_numerical_error():
+    ones_LE = torch.ones(2, 3, dtype=torch.float64)
+    with pytest.raises(NumericalError, match=r"weights\.router_LE"):
+        Scores(**_full_scores(), weights=ExpertWeights(ones_LE, ones_LE, ones_LE * torch.nan, ones_LE))
+
+
 def test_scores_survive_a_round_trip(tmp_path):
-    scores = Scores(None, torch.rand(2, 3, dtype=torch.float64), torch.rand(2, dtype=torch.float64))
+    weights = ExpertWeights(*torch.rand(4, 2, 3, dtype=torch.float64).unbind())
+    subset_LEE = torch.ones(2, 3, 3, dtype=torch.bool).tril()
+    scores = Scores(**_full_scores(), subset_LEE=subset_LEE, weights=weights)
     scores.save(tmp_path / "scores.safetensors")
     loaded = Scores.load(tmp_path / "scores.safetensors")
-    assert loaded.channel_LEC is None
-    assert torch.equal(loaded.expert_LE, scores.expert_LE)
-    assert torch.equal(loaded.layer_L, scores.layer_L)
+    for name, value in {**_full_scores(), "subset_LEE": subset_LEE}.items():
+        assert torch.equal(getattr(loaded, name), value)
+        assert getattr(loaded, name).dtype == value.dtype
+    assert loaded.weights is not None
+    for name, value in vars(weights).items():
+        assert torch.equal(getattr(loaded.weights, name), value)
+
+
+def test_scores_without_optional_parts_survive_a_round_trip(tmp_path):
+    Scores(None, torch.rand(2, 3), torch.rand(2)).save(tmp_path / "scores.safetensors")
+    loaded = Scores.load(tmp_path / "scores.safetensors")
+    assert (loaded.channel_LEC, loaded.subset_LEE, loaded.distance_LEE, loaded.weights) == (None, None, None, None)
+
+
+def test_scores_that_share_memory_and_carry_everything_survive_a_round_trip(tmp_path):
+    used_LE = torch.rand(2, 3, dtype=torch.float64)
+    weights = ExpertWeights(used_LE + 1, used_LE, used_LE, used_LE)
+    subset_LEE = torch.tril(torch.ones(3, 3)).bool().expand(2, 3, 3)
+    scores = Scores(None, used_LE, used_LE[:, 0], subset_LEE, torch.rand(2, 3, 3, dtype=torch.float64), weights)
+    scores.save(tmp_path / "scores.safetensors")
+    loaded = Scores.load(tmp_path / "scores.safetensors")
+    assert torch.equal(loaded.subset_LEE, subset_LEE)
+    assert torch.equal(loaded.distance_LEE, scores.distance_LEE)
+    for name, value in vars(weights).items():
+        assert torch.equal(getattr(loaded.weights, name), value)

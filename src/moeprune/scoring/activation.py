@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from moeprune.calibration.statistics import Statistics
-from moeprune.scoring.attribution import attribution_LEC, block_local_loss_L
+from moeprune.scoring.attribution import scores_by_attribution
+from moeprune.scoring.per_token import per_routed_token
 from moeprune.types import Scores
 
 
@@ -24,17 +24,6 @@ class ActivationScorer:
     alpha: float = 0.9
 
     def __call__(self, statistics: Statistics) -> Scores:
-        tokens_LE1 = statistics.routed_tokens_LE.unsqueeze(-1).clamp(min=1)
-
-        def root_mean_square(sq_sum_LEC: Tensor) -> Tensor:
-            return torch.sqrt(sq_sum_LEC / tokens_LE1)
-
-        channel_LEC = torch.stack(
-            [
-                root_mean_square(statistics.channel_sq_sum_LEC),
-                root_mean_square(statistics.gate_sq_sum_LEC),
-                root_mean_square(statistics.up_sq_sum_LEC),
-            ]
-        ).mean(dim=0)
-        expert_LE = attribution_LEC(statistics, self.alpha).sum(dim=-1)
-        return Scores(channel_LEC, expert_LE, block_local_loss_L(statistics, self.alpha))
+        sq_sums = statistics.channel_sq_sum_LEC, statistics.gate_sq_sum_LEC, statistics.up_sq_sum_LEC
+        root_mean_squares = [per_routed_token(sq_sum_LEC, statistics).sqrt() for sq_sum_LEC in sq_sums]
+        return scores_by_attribution(torch.stack(root_mean_squares).mean(dim=0), statistics, self.alpha)

@@ -18,14 +18,17 @@ class AttributionScorer:
         A_ec = 2 alpha (1 - alpha) sum_t q_t g_te h_tec <w_ec, m_t>          [L, E, C]
 
     and an expert's attribution A_e is the sum of its channels'. The paper (arXiv 2606.18304, method section) obtains A
-    by a backward pass per layer; this closed form is exactly equal and needs the forward pass only. The paper's
-    released code may weight A_e by the share of tokens routed to e; here it is not weighted.
+    by a backward pass per layer; this closed form is exactly equal and needs the forward pass only. With ``usage`` all
+    scores of an expert are multiplied by N_e / T, the share of tokens routed to it, as the released code does.
     """
 
     alpha: float = 0.9
+    usage: bool = False
 
     def __call__(self, statistics: Statistics) -> Scores:
         channel_LEC = attribution_LEC(statistics, self.alpha)
+        if self.usage:
+            channel_LEC = channel_LEC * (statistics.routed_tokens_LE / statistics.tokens).unsqueeze(-1)
         return Scores(channel_LEC, channel_LEC.sum(dim=-1), block_local_loss_L(statistics, self.alpha))
 
 
@@ -38,3 +41,12 @@ def block_local_loss_L(statistics: Statistics, alpha: float) -> Tensor:
     """``(1 - alpha)^2 sum_t q_t ||m_t||^2`` [L]: the loss itself, as scaling all routed experts changes y by
     ``(alpha - 1) m``."""
     return (1 - alpha) ** 2 * statistics.routed_output_loss_L
+
+
+def scores_by_attribution(channel_LEC: Tensor, statistics: Statistics, alpha: float) -> Scores:
+    """Scores of a channel metric that cannot be summed to an expert's: experts by attribution, layers by loss.
+
+    The paper pairs its channel metrics with attribution between experts in the same way.
+    """
+    expert_LE = attribution_LEC(statistics, alpha).sum(dim=-1)
+    return Scores(channel_LEC, expert_LE, block_local_loss_L(statistics, alpha))

@@ -1,4 +1,4 @@
-"""Frequency: whole experts by how many tokens they get."""
+"""Whole experts by how much the router uses them: three ways to count."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,3 +17,33 @@ class FrequencyScorer:
 
     def __call__(self, statistics: Statistics) -> Scores:
         return Scores(None, statistics.routed_tokens_LE, block_local_loss_L(statistics, self.alpha))
+
+
+@dataclass(frozen=True)
+class SoftCountScorer:
+    """Experts by the sum of their gates over the tokens routed to them, ``sum_t g_te`` [L, E].
+
+    The soft counting of SEER-MoE (arXiv 2404.05089). The gates are those that the family finally applies, so where it
+    renormalises, every token counts as one in all. Channels get no score.
+    """
+
+    alpha: float = 0.9
+    scores_channels: ClassVar[bool] = False
+
+    def __call__(self, statistics: Statistics) -> Scores:
+        return Scores(None, statistics.gate_sum_LE, block_local_loss_L(statistics, self.alpha))
+
+
+@dataclass(frozen=True)
+class RouterScoreScorer:
+    """Experts by the sum over all tokens of the softmax over all router logits [L, E].
+
+    The routing score of He et al. (arXiv 2406.02500), for ranking inside layers or over all of them. It sees also the
+    tokens that nearly reached an expert. Channels get no score.
+    """
+
+    alpha: float = 0.9
+    scores_channels: ClassVar[bool] = False
+
+    def __call__(self, statistics: Statistics) -> Scores:
+        return Scores(None, statistics.probability_sum_LE, block_local_loss_L(statistics, self.alpha))

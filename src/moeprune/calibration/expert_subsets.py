@@ -1,0 +1,178 @@
+"""Which experts of a layer, kept together, change its routed output least; their tokens reroute."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from moeprune.calibration.expert_inputs import ExpertInputs, channels_of, visit_expert_inputs
+from moeprune.calibration.tensor_files import load_fields, save_fields
+from moeprune.calibration.windows import TokenWindows
+from moeprune.errors import InputError, require_positive
+from moeprune.models.adapter import MoeLayer, keep_router_rows, moe_layers
+
+# Outputs of all experts are held for so many tokens at a time.
+TOKEN_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class ExpertSubsets:
+    """The best subset found of each size; losses are ``||F(x) - F_S(x)||_F`` over the sampled tokens, float64.
+
+    ``keep_LEE`` (bool): row k - 1 marks the k experts to keep. Fewer than the top-k of the router cannot route: those
+    rows mark none, and their ``loss_LE`` (entry k - 1) is infinite. ``removal_loss_LE`` is the loss without expert e
+    alone.
+    """
+
+    keep_LEE: Tensor
+    loss_LE: Tensor
+    removal_loss_LE: Tensor
+
+    def save(self, path: Path) -> None:
+        save_fields(self, path)
+
+
+@dataclass(frozen=True)
+class ExpertSubsetPass:
+    """Searches the subsets S of a layer's experts with the smallest ``||F(x) - F_S(x)||_F`` (NAEE, arXiv 2402.14800).
+
+    F is the routed output of the layer and F_S that of the same layer with the router rows of the others removed: its
+    own router decides among S, so gates are what the family makes of them. Inputs x are those of the dense model, on
+    ``tokens`` tokens drawn with ``seed`` from the windows (all of them, if there are fewer). With at most
+    ``exhaustive_up_to`` experts all subsets of every size are tried, as in the paper; with more, experts are eliminated
+    one by one, each time the one whose removal leaves the smallest loss (the paper does not go beyond 8 experts).
+
+    With Gram matrices ``<f_te, f_td>`` [T, E, E] of the experts' outputs, made once per layer, a subset costs one call
+    of the router and ``sum_t delta_t^T Gram_t delta_t``, delta the change of a token's gates: no expert runs again.
+
+    Raises InputError where nothing can be removed, or where the router chooses among groups of experts.
+    """
+
+    tokens: int = 2048
+    exhaustive_up_to: int = 8
+    seed: int = 0
+
+    stage: ClassVar[str] = "expert_subsets"
+    version: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        require_positive(self, "tokens")
+
+    def __call__(self, model: PreTrainedModel, windows: TokenWindows, batch_size: int) -> ExpertSubsets:
+        layers = moe_layers(model)
+        for layer in layers:
+            _require_removable(layer)
+        inputs_L = self._sampled_inputs(model, windows, batch_size)
+        found = []
+        for layer, x_TH in zip(tqdm(layers, desc="expert subsets", unit="layer"), inputs_L, strict=True):
+            found.append(self._search(_RestrictedLayer(layer, x_TH)))
+        return ExpertSubsets(*(torch.stack(field) for field in zip(*found, strict=True)))
+
+    def load(self, path: Path) -> ExpertSubsets:
+        return load_fields(ExpertSubsets, path)
+
+    def _sampled_inputs(self, model: PreTrainedModel, windows: TokenWindows, batch_size: int) -> list[Tensor]:
+        """``x_TH`` of every layer at the sampled tokens."""
+        valid_P = windows.mask_NT.flatten().nonzero().flatten()
+        order_P = torch.randperm(len(valid_P), generator=torch.Generator().manual_seed(self.seed))
+        sampled_NT = torch.zeros_like(windows.mask_NT, dtype=torch.bool)
+        sampled_NT.view(-1)[valid_P[order_P[: self.tokens]]] = True
+        pieces: list[list[Tensor]] = [[] for _ in moe_layers(model)]
+
+        def receive(seen: ExpertInputs) -> None:
+            rows = slice(seen.first_window, seen.first_window + len(seen.x_BTH))
+            pieces[seen.layer].append(seen.x_BTH[sampled_NT[rows].to(seen.x_BTH.device)])
+
+        visit_expert_inputs(model, windows, batch_size, receive, "inputs of the experts")
+        return [torch.cat(layer) for layer in pieces]
+
+    def _search(self, restricted: "_RestrictedLayer") -> tuple[Tensor, Tensor, Tensor]:
+        """The fields of `ExpertSubsets` for one layer."""
+        expert_count = restricted.layer.expert_count
+        everyone = list(range(expert_count))
+        removal_losses = [restricted.loss(_others(everyone, expert)) for expert in everyone]
+        keep_EE = torch.zeros(expert_count, expert_count, dtype=torch.bool)
+        loss_E = torch.full((expert_count,), torch.inf, dtype=torch.float64)
+        keep_EE[-1], loss_E[-1] = True, 0
+        exhaustive = expert_count <= self.exhaustive_up_to
+        for loss, kept in (_best_of_all if exhaustive else _eliminated)(restricted):
+            keep_EE[len(kept) - 1, kept] = True
+            loss_E[len(kept) - 1] = loss
+        return keep_EE, loss_E, torch.tensor(removal_losses, dtype=torch.float64)
+
+
+class _RestrictedLayer:
+    """The losses of one layer when its router may only choose among some experts."""
+
+    @torch.no_grad()
+    def __init__(self, layer: MoeLayer, x_TH: Tensor) -> None:
+        self.layer = layer
+        self._x_TH = x_TH
+        self._gram_TEE = torch.cat([_gram_TEE(layer, chunk_TH) for chunk_TH in x_TH.split(TOKEN_CHUNK)])
+        self._gates_TE = self._gates(list(range(layer.expert_count)))
+
+    @torch.no_grad()
+    def loss(self, live: list[int]) -> float:
+        """``||F(x) - F_S(x)||_F`` with S = ``live``."""
+        delta_TE = self._gates_TE - self._gates(live)
+        moved_TE = torch.bmm(self._gram_TEE, delta_TE.unsqueeze(-1)).squeeze(-1)
+        return float((moved_TE * delta_TE).sum().clamp(min=0).sqrt())
+
+    def _gates(self, live: list[int]) -> Tensor:
+        """Gates [T, E] that the router with only the rows of ``live`` gives; float64."""
+        router = copy.deepcopy(self.layer.router)
+        live_S = torch.tensor(live, device=self._x_TH.device)
+        if len(live) < self.layer.expert_count:
+            keep_router_rows(router, live_S)
+        _, gates_TK, rows_TK = router(self._x_TH)
+        gates_TE = torch.zeros(self._gram_TEE.shape[:2], dtype=torch.float64, device=self._x_TH.device)
+        return gates_TE.scatter_(1, live_S[rows_TK], gates_TK.double())
+
+
+def _gram_TEE(layer: MoeLayer, x_TH: Tensor) -> Tensor:
+    """``<f_te, f_td>`` of every token and pair of experts; float64."""
+    experts = layer.experts
+    outputs = [channels_of(experts, e, x_TH) @ experts.down_proj[e].T for e in range(layer.expert_count)]
+    f_TEH = torch.stack(outputs, dim=1).double()
+    return torch.bmm(f_TEH, f_TEH.transpose(1, 2))
+
+
+def _best_of_all(restricted: _RestrictedLayer) -> Iterator[tuple[float, list[int]]]:
+    """(loss, kept) of the best subset of each size below all; the first in lexical order among equals."""
+    expert_count = restricted.layer.expert_count
+    for size in range(restricted.layer.top_k, expert_count):
+        subsets = map(list, combinations(range(expert_count), size))
+        yield min((restricted.loss(kept), kept) for kept in subsets)
+
+
+def _eliminated(restricted: _RestrictedLayer) -> Iterator[tuple[float, list[int]]]:
+    """(loss, kept) after each elimination; among equals the expert of the smallest index goes."""
+    kept = list(range(restricted.layer.expert_count))
+    while len(kept) > restricted.layer.top_k:
+        loss, gone = min((restricted.loss(_others(kept, gone)), gone) for gone in kept)
+        kept = _others(kept, gone)
+        yield loss, kept
+
+
+def _others(experts: list[int], gone: int) -> list[int]:
+    return [expert for expert in experts if expert != gone]
+
+
+def _require_removable(layer: MoeLayer) -> None:
+    if layer.routes_by_group:
+        raise InputError(
+            f"{layer.name} routes among groups of experts, which cannot shrink.",
+            change="Use a scorer that does not try subsets of experts.",
+        )
+    if layer.top_k >= layer.expert_count:
+        raise InputError(
+            f"{layer.name} sends every token to {layer.top_k} of {layer.expert_count} experts; none can be removed.",
+            change="Use a scorer of channels.",
+        )

@@ -1,0 +1,39 @@
+"""Experts chosen together: the subset that changes a layer's output least."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moeprune.calibration.expert_subsets import ExpertSubsetPass, ExpertSubsets
+from moeprune.calibration.statistics import Statistics
+from moeprune.scoring.attribution import block_local_loss_L
+from moeprune.types import Scores
+
+
+@dataclass(frozen=True)
+class NaeeScorer:
+    """Subsets S of a layer's experts by ``||F(x) - F_S(x)||_F`` (NAEE, arXiv 2402.14800).
+
+    For every count k the subset with the smallest loss that the search of `ExpertSubsetPass` found, tokens rerouted
+    within S: ``subset_LEE``, which the allocator `whole_experts` keeps. Rows below the router's top-k mark no expert.
+    Where experts are ranked one by one, over all layers, an expert scores the loss without it alone [L, E]; that
+    ranking is ours.
+    ``tokens`` and ``exhaustive_up_to`` are the search's: the paper tries all subsets of up to 8 experts.
+    """
+
+    tokens: int = 2048
+    exhaustive_up_to: int = 8
+    seed: int = 0
+    alpha: float = 0.9
+
+    scores_channels: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _ = self.passes  # refuses impossible settings before a model is loaded
+
+    @property
+    def passes(self) -> tuple[ExpertSubsetPass, ...]:
+        return (ExpertSubsetPass(self.tokens, self.exhaustive_up_to, self.seed),)
+
+    def __call__(self, statistics: Statistics, subsets: ExpertSubsets) -> Scores:
+        layer_L = block_local_loss_L(statistics, self.alpha)
+        return Scores(None, subsets.removal_loss_LE, layer_L, subset_LEE=subsets.keep_LEE)
