@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from moeprune.errors import ModelError
 from moeprune.models.adapter import moe_layers
 from moeprune.models.checkpoint import STRUCTURE, WEIGHTS, load_compressed, save_compressed, structure_of
+from moeprune.models.ragged import PackedWeights, RaggedExperts
 from moeprune.quantization.nf4 import NF4Quantizer
 from moeprune.surgery.prune import prune
 from moeprune.types import Plan
@@ -125,6 +126,49 @@ def test_structure_says_widths_and_shapes_of_four_bit_matrices(pruned):
             assert quantized[f"{name}.weights.down.{expert}"] == (32, width)
 
 
+@pytest.fixture
+def rerouted(tiny_model):
+    """Rows that share an expert, rows without one, and a bias in the first layer; no expert at all in the second."""
+    first, second = moe_layers(tiny_model)
+    generator = torch.Generator().manual_seed(0)
+    bias_EH = torch.randn(first.expert_count, first.hidden_size, generator=generator)
+    weights = PackedWeights((8, 3), first.hidden_size)
+    for parameter in weights.parameters():
+        parameter.data.normal_(generator=generator)
+    slot_of_row = (1, -1, 0, *[1] * (first.expert_count - 3))
+    tiny_model.set_submodule(first.name, RaggedExperts(weights, (8, 3), first.experts.act_fn, slot_of_row, bias_EH))
+    none = PackedWeights((), second.hidden_size)
+    tiny_model.set_submodule(second.name, RaggedExperts(none, (), second.experts.act_fn, [-1] * second.expert_count))
+    return tiny_model
+
+
+@pytest.mark.parametrize("quantizer", [None, NF4Quantizer()], ids=["plain", "nf4"])
+@torch.no_grad()
+def test_where_rows_lead_and_biases_come_back(rerouted, byte_tokenizer, random_windows, tmp_path, quantizer):
+    model = quantizer(rerouted) if quantizer else rerouted
+    save_compressed(model, byte_tokenizer, tmp_path, torch.float32)
+    loaded = load_compressed(tmp_path, torch.float32)
+    assert_same_state(loaded, model)
+    assert structure_of(loaded) == structure_of(model)
+    first, second = moe_layers(loaded)
+    structure = json.loads((tmp_path / STRUCTURE).read_text())
+    assert structure["slot_of_row"][first.name] == list(first.experts.slot_of_row)
+    assert structure["biased"] == [first.name]
+    assert first.widths == (3, 0, 8, *[3] * (first.expert_count - 3))
+    assert second.widths == (0,) * first.expert_count
+    ids = random_windows.input_ids_NT
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_a_structure_from_before_rows_and_biases_still_loads(pruned, saved, random_windows):
+    structure = json.loads((saved / STRUCTURE).read_text())
+    assert (structure["slot_of_row"], structure["biased"]) == ({}, [])
+    change_structure(saved, lambda s: (s.pop("slot_of_row"), s.pop("biased")))
+    ids = random_windows.input_ids_NT
+    assert torch.equal(load_compressed(saved, torch.float32)(ids).logits, pruned(ids).logits)
+
+
 @one_model
 @pytest.mark.parametrize("file", [STRUCTURE, WEIGHTS, "config.json"])
 def test_a_missing_file_is_a_model_error(saved, file):
@@ -159,6 +203,10 @@ MISFITS = {
     "wider experts than stored": lambda folder: change_structure(
         folder, lambda s: next(iter(s["widths"].values())).__setitem__(0, 99)
     ),
+    "row to an expert that is not there": lambda folder: change_structure(
+        folder, lambda s: s["slot_of_row"].__setitem__(next(iter(s["widths"])), [99, *range(4)])
+    ),
+    "bias not stored": lambda folder: change_structure(folder, lambda s: s["biased"].append(next(iter(s["widths"])))),
     "four-bit matrix not stored": lambda folder: change_structure(
         folder, lambda s: s["quantized"].__setitem__("model.layers.0.self_attn.q_proj", [32, 32])
     ),

@@ -37,6 +37,15 @@ def test_experts_without_tokens_are_not_visited():
     assert [expert for expert, _ in routed.active()] == [1, 3]
 
 
+def test_assignments_to_no_expert_are_left_out():
+    gates_TK = torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])
+    routed = dispatch(torch.tensor([[3, 0], [3, 3], [2, 3]]), gates_TK, 3)
+    assert routed.counts == [1, 0, 1]
+    assert routed.token_A.tolist() == [0, 2]
+    assert torch.equal(routed.gate_A, gates_TK[[0, 2], [1, 0]])
+    assert [expert for expert, _ in routed.active()] == [0, 2]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_combine_is_the_gated_sum_of_each_token(seed):
     experts_TK, gates_TK = random_routing(7, 5, 3, seed)

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from moeprune.models.adapter import moe_layers
 from moeprune.models.checkpoint import save_compressed, structure_of
 from moeprune.models.footprint import Parameters, count_bytes, count_parameters
+from moeprune.models.ragged import PackedWeights, RaggedExperts
 from moeprune.quantization.nf4 import NF4Quantizer
 from moeprune.surgery.prune import prune
 from moeprune.types import Plan
@@ -68,6 +69,38 @@ def test_a_removed_expert_takes_its_router_row(tiny_model, model_name):
     after = count_parameters(prune(tiny_model, Plan(kept, width)))
     assert before.routed - after.routed == 2 * 3 * width * HIDDEN
     assert before.total - after.total == 2 * (3 * width + 1) * HIDDEN
+
+
+def test_a_row_without_an_expert_stays_and_a_token_on_it_uses_nothing(tiny_model, model_name):
+    before = COUNTS[model_name]
+    layers = moe_layers(tiny_model)
+    width, experts = layers[0].widths[0], layers[0].expert_count
+    kept = tuple(tuple(torch.arange(width if e else 0) for e in range(experts)) for _ in layers)
+    after = count_parameters(prune(tiny_model, Plan(kept, width), "keep_row"))
+    removed = 2 * 3 * width * HIDDEN
+    assert before.total - after.total == before.routed - after.routed == removed
+    assert before.active - after.active == removed * 2 // experts
+
+
+def test_biases_count_as_routed_experts_and_a_token_uses_those_of_its_rows(tiny_model):
+    layers = moe_layers(tiny_model)
+    width, experts = layers[0].widths[0], layers[0].expert_count
+    plan = Plan(tuple(tuple(torch.arange(width) for _ in range(experts)) for _ in layers), width)
+    before = count_parameters(tiny_model)
+    after = count_parameters(prune(tiny_model, plan, biases=[torch.ones(experts, HIDDEN), None]))
+    assert after.total - before.total == after.routed - before.routed == experts * HIDDEN
+    assert after.active - before.active == 2 * HIDDEN
+
+
+def test_experts_that_rows_share_count_once_but_are_used_by_each_row(tiny_model):
+    (first, _) = moe_layers(tiny_model)
+    before = count_parameters(tiny_model)
+    ragged = RaggedExperts(PackedWeights((8,), HIDDEN), (8,), first.experts.act_fn, [0] * first.expert_count)
+    width = first.widths[0]
+    tiny_model.set_submodule(first.name, ragged)
+    after = count_parameters(tiny_model)
+    assert before.routed - after.routed == 3 * HIDDEN * (first.expert_count * width - 8)
+    assert before.active - after.active == 3 * HIDDEN * 2 * (width - 8)
 
 
 def test_quantising_does_not_change_parameter_counts(tiny_model):

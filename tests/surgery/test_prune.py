@@ -1,7 +1,17 @@
 """Cutting: nothing removed changes nothing, sliced equals masked, and what goes is what the plan says."""
 
+import copy
+
 import pytest
 import torch
+from surgery_plans import (
+    everything,
+    mask_channels,
+    plan_of,
+    random_channels,
+    random_channels_and_empty_experts,
+    without_experts,
+)
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from moeprune.errors import InputError
@@ -11,39 +21,6 @@ from moeprune.surgery.prune import prune
 from moeprune.types import Plan
 
 HIDDEN = 32
-
-
-def plan_of(model, kept_of) -> Plan:
-    """``kept_of(layer, expert, width)`` gives the channels that stay."""
-    layers = moe_layers(model)
-    width = layers[0].widths[0]
-    kept = [[kept_of(index, e, width) for e in range(layer.expert_count)] for index, layer in enumerate(layers)]
-    return Plan(tuple(map(tuple, kept)), width)
-
-
-def everything(_layer, _expert, width):
-    return torch.arange(width)
-
-
-def random_channels(layer, expert, width):
-    """Between 1 and all channels, at random, sorted."""
-    generator = torch.Generator().manual_seed(100 * layer + expert)
-    count = int(torch.randint(1, width + 1, (), generator=generator))
-    return torch.randperm(width, generator=generator)[:count].sort().values
-
-
-def without_experts(*gone):
-    """All channels, except those of whole experts, given as (layer, expert)."""
-    return lambda layer, expert, width: torch.arange(0 if (layer, expert) in gone else width)
-
-
-def mask_channels(model, plan: Plan) -> None:
-    """Set the down columns of the removed channels to zero in the dense model."""
-    for layer, kept in zip(moe_layers(model), plan.kept, strict=True):
-        for expert, channels in enumerate(kept):
-            removed = torch.ones(plan.width, dtype=torch.bool)
-            removed[channels] = False
-            layer.experts.down_proj.data[expert, :, removed] = 0
 
 
 def mask_router_logits(model, gone, *, renormalise: bool, scale: float, in_float32: bool) -> None:
@@ -156,6 +133,50 @@ def test_experts_and_channels_may_go_together(build_model, model_name, random_wi
     torch.testing.assert_close(pruned(ids).logits, dense(ids).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@torch.no_grad()
+def test_kept_rows_of_empty_experts_add_nothing(build_model, model_name, random_windows, dtype, tolerance):
+    """As if the weights of these experts were zero: routing and gates are those of the dense model."""
+    zeroed, pruned = (build_model(model_name, dtype) for _ in range(2))
+    plan = plan_of(zeroed, random_channels_and_empty_experts)
+    mask_channels(zeroed, plan)
+    for layer in moe_layers(zeroed):
+        layer.experts.gate_up_proj[1] = 0
+    prune(pruned, plan, "keep_row")
+    ids = random_windows.input_ids_NT
+    torch.testing.assert_close(pruned(ids).logits, zeroed(ids).logits, rtol=tolerance, atol=tolerance)
+    assert [list(layer.widths) for layer in moe_layers(pruned)] == plan.widths_LE.tolist()
+    assert [layer.expert_count for layer in moe_layers(pruned)] == [len(kept) for kept in plan.kept]
+
+
+@torch.no_grad()
+def test_with_kept_rows_a_layer_may_lose_all_its_experts(tiny_model, random_windows):
+    experts = moe_layers(tiny_model)[0].expert_count
+    pruned = prune(tiny_model, plan_of(tiny_model, without_experts(*[(0, e) for e in range(experts)])), "keep_row")
+    layer = moe_layers(pruned)[0]
+    outputs = []
+    layer.experts.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    assert torch.isfinite(pruned(random_windows.input_ids_NT).logits).all()
+    assert not outputs[0].any()
+    assert (layer.stored_widths, layer.widths) == ((), (0,) * experts)
+
+
+@torch.no_grad()
+def test_rows_that_lead_nowhere_stay_only_where_asked(build_model, model_name, random_windows):
+    removed, kept = (build_model(model_name, torch.float32) for _ in range(2))
+    plan = plan_of(removed, without_experts((0, 2), (1, 0)))
+    prune(removed, plan, "remove_row")
+    prune(kept, plan, "keep_row")
+    ids = random_windows.input_ids_NT
+    assert (removed(ids).logits - kept(ids).logits).abs().max() > 0.01
+    assert moe_layers(kept)[0].expert_count == moe_layers(removed)[0].expert_count + 1
+
+
+def test_another_row_policy_is_an_input_error(tiny_model):
+    with pytest.raises(InputError, match=r"(?s)empty_experts=keep_rows.*Did you mean: keep_row"):
+        prune(tiny_model, plan_of(tiny_model, everything), "keep_rows")
+
+
 def test_parameters_removed_are_those_of_the_plan(tiny_model):
     plan = plan_of(tiny_model, random_channels)
     before = count_parameters(tiny_model)
@@ -252,6 +273,18 @@ def test_channels_may_go_where_the_router_chooses_groups(grouped_model, random_w
 @pytest.mark.parametrize("gone", [[0], [0, 1], [0, 4]])
 def test_experts_may_not_go_where_the_router_chooses_groups(grouped_model, gone):
     """Their removal would shift the others into groups they were not trained in."""
+    before = set(grouped_model.state_dict())
     plan = plan_of(grouped_model, without_experts(*[(0, expert) for expert in gone]))
-    with pytest.raises(InputError, match="groups"):
+    with pytest.raises(InputError, match=r"(?s)groups.*surgery=keep_rows"):
         prune(grouped_model, plan)
+    assert set(grouped_model.state_dict()) == before
+
+
+@torch.no_grad()
+def test_experts_may_go_where_the_router_chooses_groups_if_their_rows_stay(grouped_model, random_windows):
+    ids = random_windows.input_ids_NT
+    plan = plan_of(grouped_model, without_experts((0, 0), (0, 4)))
+    zeroed = copy.deepcopy(grouped_model)
+    mask_channels(zeroed, plan)
+    pruned = prune(grouped_model, plan, "keep_row")
+    torch.testing.assert_close(pruned(ids).logits, zeroed(ids).logits, rtol=1e-5, atol=1e-5)

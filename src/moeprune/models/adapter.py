@@ -29,11 +29,19 @@ class MoeLayer:
 
     @property
     def expert_count(self) -> int:
+        """Rows of the router."""
         return len(self.widths)
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Intermediate channels of each expert; all equal before pruning."""
+        """Intermediate channels of what each router row leads to; all equal before pruning."""
+        if hasattr(self.experts, "row_widths"):
+            return tuple(self.experts.row_widths)
+        return self.stored_widths
+
+    @property
+    def stored_widths(self) -> tuple[int, ...]:
+        """Intermediate channels of each expert that is stored; merged ones count once."""
         if hasattr(self.experts, "widths"):
             return tuple(self.experts.widths)
         expert_count, _, width = self.experts.down_proj.shape
@@ -61,7 +69,7 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
     ``gate_up_proj`` [E, 2C, H] beside a router with ``weight`` [E, H] and ``top_k``.
     """
     found = []
-    for layer_name, layer in _decoder_layers(model):
+    for layer_name, layer in decoder_layers(model):
         for block_name, block in layer.named_modules():
             children = dict(block.named_children())
             experts = next((name for name, child in children.items() if _holds_routed_experts(child)), None)
@@ -78,7 +86,8 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
     return found
 
 
-def _decoder_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def decoder_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of all decoder layers, with and without routed experts."""
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and name.split(".")[-1] == "layers":
             for index, layer in enumerate(module):

@@ -1,12 +1,12 @@
 """Writes and reads compressed models: config, tokenizer, safetensors of the true shapes, and their structure as JSON.
 
 config.json            the family's own config
-structure.json         widths of the experts of each MoE layer, and which matrices are in four bits
+structure.json         widths of the experts of each MoE layer, where router rows lead, which matrices are in four bits
 model.safetensors      the weights
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,16 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Structure:
-    """How a compressed model differs from its family's: expert ``widths`` by layer name, and ``quantized``, the shapes
-    [out, in] of the matrices in four bits by module name."""
+    """How a compressed model differs from its family's, by module name.
+
+    ``widths`` of the stored experts; ``quantized``, the shapes [out, in] of the matrices in four bits; ``slot_of_row``
+    of the layers where router row i does not lead to expert i; ``biased``, the layers whose router rows have a bias.
+    """
 
     widths: Mapping[str, tuple[int, ...]]
     quantized: Mapping[str, tuple[int, int]]
+    slot_of_row: Mapping[str, tuple[int, ...]]
+    biased: tuple[str, ...]
 
 
 def structure_of(model: nn.Module) -> Structure:
@@ -47,7 +52,13 @@ def structure_of(model: nn.Module) -> Structure:
     quantized = {
         name: quantized_shape(module) for name, module in model.named_modules() if isinstance(module, Linear4bit)
     }
-    return Structure({layer.name: layer.widths for layer in moe_layers(model)}, quantized)
+    layers = moe_layers(model)
+    return Structure(
+        widths={layer.name: layer.stored_widths for layer in layers},
+        quantized=quantized,
+        slot_of_row={layer.name: layer.experts.slot_of_row for layer in layers if not layer.experts.rows_are_slots},
+        biased=tuple(layer.name for layer in layers if layer.experts.bias_EH is not None),
+    )
 
 
 def save_compressed(
@@ -93,8 +104,8 @@ def _fill(
 ) -> None:
     """Give the empty model its structure and its weights."""
     for layer in moe_layers(model):
-        in_four_bits = f"{layer.name}.weights.down.0" in structure["quantized"]
-        _make_ragged(model, layer, structure["widths"][layer.name], in_four_bits, dtype)
+        in_four_bits = f"{layer.name}.weights.down" not in tensors
+        _make_ragged(model, layer, structure, in_four_bits, dtype)
     plain: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {module: {} for module in structure["quantized"]}
     for name, tensor in tensors.items():
@@ -134,11 +145,20 @@ def _empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMode
     return model
 
 
-def _make_ragged(model: nn.Module, layer: MoeLayer, widths: Sequence[int], quantized: bool, dtype: torch.dtype) -> None:
+def _make_ragged(
+    model: nn.Module, layer: MoeLayer, structure: dict[str, Any], quantized: bool, dtype: torch.dtype
+) -> None:
+    """Give a layer experts of the stored shapes; older structures know neither ``slot_of_row`` nor ``biased``."""
+    widths = structure["widths"][layer.name]
+    slot_of_row = structure.get("slot_of_row", {}).get(layer.name, range(len(widths)))
     weights: nn.Module
     if quantized:
         weights = FourBitWeights([nn.Identity() for _ in widths], [nn.Identity() for _ in widths])
     else:
         weights = PackedWeights(widths, layer.hidden_size, device="meta", dtype=dtype)
-    model.set_submodule(layer.name, RaggedExperts(weights, widths, layer.experts.act_fn))
-    keep_router_rows(layer.router, torch.arange(len(widths)))
+    bias_EH = None
+    if layer.name in structure.get("biased", ()):
+        bias_EH = torch.empty(len(slot_of_row), layer.hidden_size, device="meta", dtype=dtype)
+    experts = RaggedExperts(weights, widths, layer.experts.act_fn, slot_of_row, bias_EH)
+    model.set_submodule(layer.name, experts)
+    keep_router_rows(layer.router, torch.arange(len(slot_of_row)))

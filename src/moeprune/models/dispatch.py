@@ -9,10 +9,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Dispatch:
-    """The T * K assignments of a batch, sorted by expert.
+    """The assignments of a batch, sorted by expert.
 
-    ``token_A`` and ``gate_A`` (A = T * K assignments) say which token each row belongs to and with what gate;
-    ``counts`` is the number of rows of each expert.
+    ``token_A`` and ``gate_A`` (A = T * K assignments, less those to no expert) say which token each row belongs to and
+    with what gate; ``counts`` is the number of rows of each expert.
     """
 
     token_A: Tensor
@@ -29,10 +29,14 @@ class Dispatch:
 
 
 def dispatch(experts_TK: Tensor, gates_TK: Tensor, expert_count: int) -> Dispatch:
-    """Sort the assignments by expert; the order inside an expert is the order of the tokens."""
+    """Sort the assignments by expert; the order inside an expert is the order of the tokens.
+
+    The index ``expert_count`` stands for no expert; such assignments are left out.
+    """
     chosen_A = experts_TK.flatten()
     order_A = torch.argsort(chosen_A, stable=True)
-    counts = torch.bincount(chosen_A, minlength=expert_count).tolist()
+    counts = torch.bincount(chosen_A, minlength=expert_count).tolist()[:expert_count]
+    order_A = order_A[: sum(counts)]
     return Dispatch(order_A // experts_TK.shape[1], gates_TK.flatten()[order_A], counts)
 
 

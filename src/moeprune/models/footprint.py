@@ -19,9 +19,10 @@ QUANTIZED_BITS = 4
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameter counts: all, those of routed experts, and those that one token uses.
+    """Parameter counts: all, those of routed experts (their biases included), and those that one token uses.
 
-    ``active`` counts top-k experts of the layer's mean width; which experts a token really meets depends on routing.
+    ``active`` counts top-k router rows of the layer's mean width, rows without an expert as 0; which experts a token
+    really meets depends on routing.
     """
 
     total: int
@@ -51,8 +52,10 @@ def count_parameters(model: nn.Module) -> Parameters:
     routed = used = 0.0
     for layer in moe_layers(model):
         channel_parameters = 3 * layer.hidden_size
-        routed += channel_parameters * sum(layer.widths)
-        used += channel_parameters * sum(layer.widths) * layer.top_k / layer.expert_count
+        bias_EH = getattr(layer.experts, "bias_EH", None)
+        biases = 0 if bias_EH is None else bias_EH.numel()
+        routed += channel_parameters * sum(layer.stored_widths) + biases
+        used += (channel_parameters * sum(layer.widths) + biases) * layer.top_k / layer.expert_count
     return Parameters(total, int(routed), round(total - routed + used))
 
 

@@ -4,7 +4,8 @@
     width 1   █               ... of expert 1
     width 6   ██████          ... of expert 2
 
-All experts of a layer share two flat parameters; an expert is a contiguous slice of each.
+All experts of a layer share two flat parameters; an expert is a contiguous slice of each. Which stored expert a router
+row leads to is a table of its own, so that rows may share an expert, or have none.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,26 +53,60 @@ class PackedWeights(nn.Module):
 class RaggedExperts(nn.Module):
     """Routed experts of a pruned layer; a drop-in for the experts module of a transformers MoE block.
 
-    ``weights`` computes an expert's projections (`PackedWeights`, or its quantised counterpart); only experts that got
-    a token are visited.
+    ``weights`` computes the projections of the stored experts (`PackedWeights`, or its quantised counterpart), whose
+    ``widths`` are given; only experts that got a token are visited. ``slot_of_row`` says which stored expert each
+    router row leads to: -1 for none, the same one for rows that were merged (their gates add up); by default row i
+    leads to expert i. With ``bias_EH`` [router rows, H] a token routed to row e with gate g also gets ``g * bias_e``.
+
+    Raises ValueError for a slot that does not exist.
     """
 
     weights: Any
+    _slot_of_row_E: Tensor
 
-    def __init__(self, weights: nn.Module, widths: Sequence[int], act_fn: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        weights: nn.Module,
+        widths: Sequence[int],
+        act_fn: Callable[[Tensor], Tensor],
+        slot_of_row: Sequence[int] | None = None,
+        bias_EH: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.weights = weights
         self.widths = tuple(widths)
         self.act_fn = act_fn
+        slots = len(self.widths)
+        self.slot_of_row = tuple(range(slots)) if slot_of_row is None else tuple(slot_of_row)
+        self.rows_are_slots = self.slot_of_row == tuple(range(slots))
+        if not all(-1 <= slot < slots for slot in self.slot_of_row):
+            raise ValueError(f"slot_of_row {self.slot_of_row} names experts that are not there; there are {slots}.")
+        rows = [slot if slot >= 0 else slots for slot in self.slot_of_row]
+        self.register_buffer("_slot_of_row_E", torch.tensor(rows, dtype=torch.int64), persistent=False)
+        self.bias_EH = None if bias_EH is None else nn.Parameter(bias_EH)
+
+    @property
+    def row_widths(self) -> tuple[int, ...]:
+        """Channels of what each router row leads to; 0 for rows without an expert."""
+        return tuple(self.widths[slot] if slot >= 0 else 0 for slot in self.slot_of_row)
 
     def forward(self, hidden_TH: Tensor, experts_TK: Tensor, gates_TK: Tensor) -> Tensor:
-        routed = dispatch(experts_TK, gates_TK, len(self.widths))
+        slots_TK = experts_TK
+        if not self.rows_are_slots:
+            # Experts that were put into a model on an accelerator hold their table on the CPU.
+            slots_TK = self._slot_of_row_E.to(experts_TK.device)[experts_TK]
+        routed = dispatch(slots_TK, gates_TK, len(self.widths))
         hidden_AH = hidden_TH[routed.token_A]
-        outputs = []
-        for expert, rows in routed.active():
-            gate_TC, up_TC = self.weights.gate_and_up(expert, hidden_AH[rows]).chunk(2, dim=-1)
-            outputs.append(self.weights.project_down(expert, self.act_fn(gate_TC) * up_TC))
-        return combine(torch.cat(outputs), routed, len(hidden_TH))
+        outputs = [hidden_TH.new_zeros(0, hidden_TH.shape[1])]  # where no token met an expert
+        for slot, rows in routed.active():
+            gate_TC, up_TC = self.weights.gate_and_up(slot, hidden_AH[rows]).chunk(2, dim=-1)
+            outputs.append(self.weights.project_down(slot, self.act_fn(gate_TC) * up_TC))
+        mixed_TH = combine(torch.cat(outputs), routed, len(hidden_TH))
+        if self.bias_EH is None:
+            return mixed_TH
+        gates_TE = mixed_TH.new_zeros(len(mixed_TH), len(self.bias_EH))
+        gates_TE.scatter_(1, experts_TK, gates_TK.to(mixed_TH.dtype))
+        return torch.addmm(mixed_TH, gates_TE, self.bias_EH)
 
     def extra_repr(self) -> str:
-        return f"experts={len(self.widths)}, channels={sum(self.widths)}"
+        return f"router_rows={len(self.slot_of_row)}, experts={len(self.widths)}, channels={sum(self.widths)}"

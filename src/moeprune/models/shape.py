@@ -5,12 +5,16 @@ import re
 import struct
 from dataclasses import dataclass
 from importlib.resources import files
+from math import prod
 from pathlib import Path
 
 from moeprune.errors import InputError, ModelError
 
 EMBEDDED = "embedded:"
 _EXPERT_DOWN = re.compile(r"(?P<layer>.*\.layers\.\d+\..*experts)\.(?P<expert>\d+)\.(?:down_proj|w2)\.weight$")
+_ROUTED = re.compile(
+    r".*\.layers\.\d+\..*\bexperts\.(?:\d+\.(?:gate_proj|up_proj|down_proj|w[123])\.\w+|(?:gate_up_proj|down_proj)\w*)$"
+)
 _FUSED_DOWN = re.compile(r"(?P<layer>.*\.layers\.\d+\..*experts)\.down_proj$")
 
 
@@ -22,6 +26,14 @@ class ExpertShape:
     experts: int
     width: int
     top_k: int
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Parameters of a checkpoint, and those of its routed experts."""
+
+    total_parameters: int
+    routed_parameters: int
 
 
 def embedded_models() -> list[str]:
@@ -81,6 +93,20 @@ def read_shape(folder: Path) -> ExpertShape:
             f"{sorted(widths)}, num_experts_per_tok {top_k}.\nUse a Qwen-MoE or DeepSeek checkpoint that is not pruned."
         )
     return ExpertShape(len(experts_of), next(iter(experts_of.values())), widths.pop(), top_k)
+
+
+def read_sizes(folder: Path) -> ModelSizes:
+    """Parameter counts from the safetensors headers; tied weights, stored once, count once.
+
+    Raises ModelError when the checkpoint is incomplete or damaged.
+    """
+    total = routed = 0
+    for file in weight_files(folder):
+        for name, entry in read_header(file).items():
+            parameters = prod(entry["shape"])
+            total += parameters
+            routed += parameters if _ROUTED.match(name) else 0
+    return ModelSizes(total, routed)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from moeprune.models.ragged import PackedWeights, RaggedExperts
 
 @dataclass(frozen=True)
 class NF4Quantizer:
-    """All linear layers and routed experts in NF4; embeddings, head, routers and norms stay.
+    """All linear layers and routed experts in NF4; embeddings, head, routers, norms and experts' biases stay.
 
     4 bits a weight plus an fp32 scale per ``block_size`` weights: 4.5 bits at 64, 4.127 with ``double_quantization``,
     which stores the scales in 8 bits.
@@ -32,7 +32,8 @@ class NF4Quantizer:
         for layer in tqdm(moe_layers(model), desc="quantize", unit="layer"):
             ragged = layer.experts
             weights = self._quantized_experts(ragged)
-            model.set_submodule(layer.name, RaggedExperts(weights, ragged.widths, ragged.act_fn))
+            quantized = RaggedExperts(weights, ragged.widths, ragged.act_fn, ragged.slot_of_row, ragged.bias_EH)
+            model.set_submodule(layer.name, quantized)
         routers = {id(layer.router) for layer in moe_layers(model)}
         for name, module in list(model.named_modules()):
             plain = type(module) is nn.Linear and id(module) not in routers
