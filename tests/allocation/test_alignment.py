@@ -10,7 +10,9 @@ from moeprune.allocation.alignment import align
 from moeprune.allocation.budget import Budget
 
 
-def aligned(counts: list[list[int]], *, width: int, block: int, minimum: int, top_k: int = 1) -> list[list[int]]:
+def aligned(
+    counts: list[list[int]], *, width: int, block: int, minimum: int, top_k: int = 1, scores: list | None = None
+) -> list[list[int]]:
     """Widths of counts that are themselves the budget."""
     counts_LE = torch.tensor(counts)
     total = counts_LE.numel() * width
@@ -23,7 +25,8 @@ def aligned(counts: list[list[int]], *, width: int, block: int, minimum: int, to
         alignment=block,
         minimum_width=minimum,
     )
-    return align(counts_LE, budget).tolist()
+    scores_LE = torch.zeros(counts_LE.shape) if scores is None else torch.tensor(scores)
+    return align(counts_LE, budget, scores_LE).tolist()
 
 
 @settings(deadline=None, max_examples=50)
@@ -31,7 +34,7 @@ def aligned(counts: list[list[int]], *, width: int, block: int, minimum: int, to
 def test_widths_are_allowed_and_sum_to_the_budget_and_every_layer_keeps_its_top_k(budget, data):
     counts_LE = data.draw(counts_of(budget))
     before = counts_LE.clone()
-    widths_LE = align(counts_LE, budget)
+    widths_LE = align(counts_LE, budget, torch.zeros(counts_LE.shape))
     assert torch.equal(counts_LE, before)
     assert widths_LE.dtype == torch.int64
     assert int(widths_LE.sum()) == budget.kept_channels
@@ -42,8 +45,10 @@ def test_widths_are_allowed_and_sum_to_the_budget_and_every_layer_keeps_its_top_
 @settings(deadline=None, max_examples=50)
 @given(budgets(), st.data())
 def test_aligned_counts_stay_as_they_are(budget, data):
-    widths_LE = align(data.draw(counts_of(budget)), budget)
-    assert torch.equal(align(widths_LE, budget), widths_LE)
+    counts_LE = data.draw(counts_of(budget))
+    scores_LE = torch.zeros(counts_LE.shape)
+    widths_LE = align(counts_LE, budget, scores_LE)
+    assert torch.equal(align(widths_LE, budget, scores_LE), widths_LE)
 
 
 @settings(deadline=None, max_examples=50)
@@ -54,7 +59,7 @@ def test_no_block_goes_to_an_expert_while_another_with_room_has_lost_more(budget
     counts_LE = data.draw(counts_of(budget))
     rounded_LE = counts_LE // block * block
     assume(int((rounded_LE > 0).sum(dim=1).min()) >= budget.top_k)
-    widths_LE = align(counts_LE, budget)
+    widths_LE = align(counts_LE, budget, torch.zeros(counts_LE.shape))
     lost_LE = counts_LE - widths_LE
     got, has_room = widths_LE > rounded_LE, widths_LE < budget.width
     if got.any() and has_room.any():
@@ -65,6 +70,30 @@ def test_no_block_goes_to_an_expert_while_another_with_room_has_lost_more(budget
 def test_released_blocks_go_to_those_that_lost_most_and_ties_to_the_lower_index():
     # Rounding releases 3, 2, 1 and 2 channels: two blocks.
     assert aligned([[11, 10, 9, 6]], width=12, block=4, minimum=4) == [[12, 12, 8, 4]]
+
+
+def test_among_equal_losses_the_higher_score_gets_the_block_and_the_lower_score_gives_it_back():
+    assert aligned([[6, 6, 8]], width=12, block=4, minimum=4) == [[8, 4, 8]]
+    assert aligned([[6, 6, 8]], width=12, block=4, minimum=4, scores=[[1.0, 2.0, 0.0]]) == [[4, 8, 8]]
+    # The third needs a minimum it has not: one of the first two pays.
+    assert aligned([[12, 12, 0]], width=12, block=4, minimum=4, top_k=3) == [[12, 8, 4]]
+    assert aligned([[12, 12, 0]], width=12, block=4, minimum=4, top_k=3, scores=[[1.0, 2.0, 0.0]]) == [[8, 12, 4]]
+
+
+def test_among_equal_counts_the_experts_of_higher_score_are_those_that_must_live():
+    assert aligned([[9, 1, 1, 1]], width=12, block=4, minimum=4, top_k=2) == [[8, 4, 0, 0]]
+    scores = [[0.0, 0.0, 2.0, 1.0]]
+    assert aligned([[9, 1, 1, 1]], width=12, block=4, minimum=4, top_k=2, scores=scores) == [[8, 0, 4, 0]]
+
+
+def test_with_scores_blocks_go_to_those_that_lost_most_score():
+    budget = Budget(ratio=0.5, layers=1, experts=3, width=8, top_k=1, alignment=4, minimum_width=4)
+    channel_LEC = torch.tensor([[[1.0] * 8, [9.0] * 8, [0.0] * 8]])
+    held_LEK = torch.nn.functional.pad(channel_LEC.cumsum(dim=-1), (1, 0))
+    counts_LE, scores_LE = torch.tensor([[7, 5, 0]]), torch.zeros(1, 3)
+    # Rounding to [4, 4, 0] took three channels of score 1 from the first and one of score 9 from the second.
+    assert align(counts_LE, budget, scores_LE).tolist() == [[8, 4, 0]]
+    assert align(counts_LE, budget, scores_LE, held_LEK).tolist() == [[4, 8, 0]]
 
 
 def test_released_blocks_cross_layers():

@@ -63,8 +63,8 @@ class Budget:
     @property
     def kept_channels(self) -> int:
         """The fewest channels, at least ``(1 - ratio) * total_channels``, that experts of allowed widths can sum to."""
-        # The tolerance keeps 1 - 0.9 from costing a block.
-        asked = self.alignment * math.ceil((1 - self.ratio) * self.total_channels / self.alignment - 1e-9)
+        # The tolerance keeps 1 - 0.9 from costing a block, also where blocks are counted by the ten million.
+        asked = self.alignment * math.ceil((1 - self.ratio) * self.total_channels / self.alignment - 1e-8)
         # One expert fewer cannot hold what was asked; so many may need more, where the minimum is near the width.
         return max(asked, math.ceil(asked / self.width) * self.minimum_width)
 

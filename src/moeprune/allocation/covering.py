@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moeprune.allocation.selection import fewest_channels, sorted_coverage
+from moeprune.allocation.selection import fewest_channels, largest, sorted_coverage, sorted_descending
 
 
 def cover(scores_NC: Tensor, weight_N: Tensor, target: int, *, least: int) -> Tensor:
@@ -36,16 +36,15 @@ def _corrected(counts_N: Tensor, scores_NC: Tensor, target: int, least: int) -> 
     difference = target - int(counts_N.sum())
     if difference == 0:
         return counts_N
-    sorted_NC = scores_NC.sort(dim=-1, descending=True).values
+    sorted_NC = sorted_descending(scores_NC)
     position_C = torch.arange(sorted_NC.shape[1])
     kept_NC = position_C < counts_N.unsqueeze(-1)
     if difference > 0:
-        marginal = sorted_NC.masked_fill(kept_NC, -torch.inf).flatten()
-        changed = marginal.argsort(descending=True, stable=True)[:difference]
+        candidate_NC, count = ~kept_NC, difference
     else:
-        droppable_NC = kept_NC & (position_C >= least)
-        marginal = sorted_NC.masked_fill(~droppable_NC, torch.inf).flatten()
-        # Reversed, so that among equal scores the later channel of a row goes first and a prefix stays.
-        changed = marginal.numel() - 1 - marginal.flip(0).argsort(stable=True)[:-difference]
-    rows_N = torch.bincount(changed // sorted_NC.shape[1], minlength=len(counts_N))
-    return counts_N + (rows_N if difference > 0 else -rows_N)
+        candidate_NC = kept_NC & (position_C >= least)
+        count = int(candidate_NC.sum()) + difference
+    # Equal scores of a row are chosen from the front, so a prefix of every row stays.
+    chosen_NC = largest(sorted_NC.masked_fill(~candidate_NC, -torch.inf).flatten(), count).view_as(kept_NC)
+    fixed_NC = kept_NC if difference > 0 else kept_NC & ~candidate_NC
+    return (fixed_NC | chosen_NC).sum(dim=-1)
