@@ -22,6 +22,15 @@ def test_a_run_is_read_whole(tmp_path, write_run):
     assert run.metrics.plan.live_experts == (16, 15, 12, 16)
 
 
+def test_a_run_from_before_there_was_surgery_had_none(tmp_path, write_run):
+    run_dir = write_run(tmp_path / "0", surgery="refit")
+    assert load_run(run_dir).metrics.surgery == "refit"
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    del metrics["surgery"]
+    (run_dir / "metrics.json").write_text(json.dumps(metrics))
+    assert load_run(run_dir).metrics.surgery == "none"
+
+
 def test_a_failed_run_keeps_status_and_error(tmp_path, write_run):
     run = load_run(write_run(tmp_path / "0", error=("BudgetError", "too much"), overrides=("ratio=0.99",)))
     assert (run.status, run.metrics) == ("failed", None)

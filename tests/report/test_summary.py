@@ -10,6 +10,7 @@ from rich.console import Console
 
 from moeprune.report.results import load_sweep
 from moeprune.report.summary import takeaway, write_run_report, write_sweep_report
+from moeprune.report.sweep_table import sweep_table
 
 
 @pytest.fixture
@@ -46,6 +47,30 @@ def test_the_takeaway_compares_at_every_setting_on_its_own(tmp_path, write_run):
     )
 
 
+def test_of_many_rivals_the_best_three_are_named(tmp_path, write_run):
+    for number in range(8):
+        write_run(tmp_path / str(number), method=f"method_{number}", harm=8.0 - number)
+    (text,) = takeaway(load_sweep(tmp_path)).splitlines()
+    assert "method_7 (run 7) has the lowest mean perplexity of 8 runs, 32.50 (1.300 times dense)" in text
+    assert (
+        "method_6 (run 6) follows with 39.00 (20.0% higher), then method_5 (run 5) with 45.50 (40.0% higher), " in text
+    )
+    assert "and method_0 (run 0) is last" in text
+
+
+def test_a_run_that_removes_no_channels_competes_with_none(tmp_path, write_run):
+    write_run(tmp_path / "0", method="reap")
+    write_run(tmp_path / "1", method="random", harm=2.0)
+    write_run(tmp_path / "2", method="wanda_unstructured", harm=0.1, removes=False)
+    compared, left_out = takeaway(load_sweep(tmp_path)).splitlines()
+    assert "reap (run 0) has the lowest mean perplexity of 2 runs" in compared
+    assert left_out == (
+        "Not compared, for they remove no channels and are as large as dense: wanda_unstructured (run 2)."
+    )
+    column = next(column for column in sweep_table(load_sweep(tmp_path)).columns if "mean" in column.head)
+    assert [cell.best for cell in column.cells] == [False, True, False, False]
+
+
 def test_the_takeaway_of_one_run_claims_no_rank(tmp_path, write_run):
     write_run(tmp_path / "0", method=None, quantizer="none")
     assert takeaway(load_sweep(tmp_path)) == (
@@ -77,6 +102,16 @@ def test_what_varies_beside_the_method_is_named(tmp_path, write_run):
     assert "moe_slimming (attribution + coverage), recovery dora (run 1) follows" in text
 
 
+def test_surgery_is_part_of_what_a_method_bundles(tmp_path, write_run):
+    write_run(tmp_path / "0", method=None, scorer="reap", surgery="refit")
+    write_run(tmp_path / "1", method=None, scorer="reap", surgery="none", harm=2.0)
+    write_run(tmp_path / "2", method="mone", surgery="constant", harm=3.0)
+    text = takeaway(load_sweep(tmp_path))
+    assert "reap + coverage + refit (run 0) has the lowest" in text
+    assert "reap + coverage (run 1) follows" in text
+    assert "mone (run 2) is last" in text
+
+
 def test_the_sweep_report_writes_three_files_and_tells_where(tmp_path, write_run, console):
     write_run(tmp_path / "0", method="reap")
     write_run(tmp_path / "1", method="random", harm=3.0)
@@ -98,6 +133,21 @@ def test_the_sweep_report_writes_three_files_and_tells_where(tmp_path, write_run
     assert rows[-1]["error"] == "BudgetError: too much\nlower it"
 
 
+def test_the_report_of_a_large_sweep_tells_what_its_runs_shared(tmp_path, write_run, console):
+    for number in range(7):
+        write_run(tmp_path / str(number), method=f"method_{number}", scorer=f"scorer_{number}", harm=1.0 + number)
+    written = write_sweep_report(tmp_path, console)
+    assert [path.name for path in written] == ["sweep.md", "sweep.csv", "perplexity_vs_bytes.png", "methods.png"]
+    text = (tmp_path / "sweep.md").read_text()
+    heads = [line for line in text.splitlines() if line.startswith("### ")]
+    assert heads == ["### Sweep of 7 runs", "### Methods", "### Where the time went", "### Time of each run"]
+    shared = "7 runs used 1 statistics pass of 9.50 seconds in all"
+    assert shared in text
+    shown = " ".join(console.file.getvalue().split())
+    assert shared in shown
+    assert "Time of each run" not in shown
+
+
 def test_a_sweep_in_which_all_failed_is_still_reported(tmp_path, write_run, console):
     write_run(tmp_path / "0", error=("BudgetError", "too much"))
     written = write_sweep_report(tmp_path, console)
@@ -109,9 +159,17 @@ def test_the_run_report_writes_its_tables(tmp_path, write_run, console):
     run_dir = write_run(tmp_path / "0")
     assert write_run_report(run_dir, console) == [run_dir / "table.md"]
     text = (run_dir / "table.md").read_text()
-    for part in ("| pruned+nf4 |", "### Stages", "| ab12cd34ef56 |"):
+    for part in ("| pruned+nf4 |", "### Stages", "| evaluation/pruned  |"):
         assert part in text
     assert "pruned+nf4" in console.file.getvalue()
+
+
+def test_the_run_report_draws_the_diagnostics(tmp_path, write_run, made_up_diagnostics, console):
+    run_dir = write_run(tmp_path / "0")
+    (run_dir / "diagnostics.json").write_text(json.dumps(made_up_diagnostics))
+    written = write_run_report(run_dir, console)
+    assert run_dir / "kept_channels.png" in written
+    assert all(path.exists() for path in written)
 
 
 def test_the_report_of_a_failed_run_is_its_error(tmp_path, write_run, console):

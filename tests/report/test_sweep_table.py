@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from moeprune.report.results import load_sweep
-from moeprune.report.sweep_table import sweep_table
+from moeprune.report.sweep_table import methods_table, sweep_table
 from moeprune.report.tables import Table, markdown
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -75,3 +75,25 @@ def test_dense_measured_differently_is_told(tmp_path, write_run):
     table = sweep_table(load_sweep(tmp_path))
     assert "Dense tiny_qwen3_moe measured 25.00 to 26.00" in table.caption
     assert texts(table, "perplexity\n/ dense") == ["1.000", "1.300", "1.250"]
+
+
+def test_methods_of_one_meaning_each_are_explained_in_a_table_of_their_own(tmp_path, write_run):
+    write_run(tmp_path / "0", method="reap", scorer="reap", allocator="whole_experts")
+    write_run(tmp_path / "1", method="mone", scorer="mone", allocator="whole_experts", surgery="constant")
+    write_run(tmp_path / "2", error=("BudgetError", "too much"), overrides=("method=camera",))
+    runs = load_sweep(tmp_path)
+    heads = [column.head for column in sweep_table(runs).columns]
+    assert "method" in heads and not {"scorer", "allocator", "surgery"} & set(heads)
+    methods = methods_table(runs)
+    assert [column.head for column in methods.columns] == ["method", "scorer", "surgery"]
+    assert texts(methods, "scorer") == ["reap", "mone"]
+    assert texts(methods, "surgery") == ["none", "constant"]
+
+
+def test_a_method_run_with_two_scorers_keeps_the_column(tmp_path, write_run):
+    write_run(tmp_path / "0", method="reap", scorer="reap")
+    write_run(tmp_path / "1", method="reap", scorer="ean")
+    write_run(tmp_path / "2", method="mone", scorer="mone")
+    runs = load_sweep(tmp_path)
+    assert texts(sweep_table(runs), "scorer") == ["-", "reap", "ean", "mone"]
+    assert methods_table(runs) is None

@@ -113,8 +113,8 @@ class _LayerSums:
 
 def _weight_saliency_C(gradients: ExpertGradients, expert: int, rows: slice) -> Tensor:
     """``sum |W * dLoss/dW|`` over the weights of each channel, of one batch; float64."""
-    gate_up_IH = gradients.experts.gate_up_proj[expert]  # type: ignore[index]
-    down_HC = gradients.experts.down_proj[expert]  # type: ignore[index]
+    gate_up_IH = at_least_float32(gradients.experts.gate_up_proj[expert])  # type: ignore[index]
+    down_HC = at_least_float32(gradients.experts.down_proj[expert])  # type: ignore[index]
     dgate_up_IH = gradients.dpre_activation_AI[rows].T @ gradients.x_AH[rows]
     ddown_HC = gradients.df_AH[rows].T @ gradients.h_AC[rows]
     gate_C, up_C = (gate_up_IH * dgate_up_IH).abs().sum(dim=1, dtype=torch.float64).chunk(2)

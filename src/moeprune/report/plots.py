@@ -8,32 +8,34 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
 from moeprune.errors import InputError
-from moeprune.report.files import written_whole
+from moeprune.report.figures import (
+    COLOURS,
+    DENSE_COLOUR,
+    DENSE_LINE_COLOUR,
+    DOTS_PER_INCH,
+    JOIN_COLOUR,
+    TEXT_COLOUR,
+    empty_figure,
+    quiet_axes,
+    set_round_ticks,
+    write_figure,
+)
 from moeprune.report.formats import byte_unit, byte_unit_note
 from moeprune.report.labels import Box, Label, Point, place_labels
 from moeprune.report.results import Metrics, Run, Variant
 from moeprune.report.settings import run_labels
 
-# Colours of Okabe and Ito, which colour-blind readers tell apart; without their yellow, too pale on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-DENSE_COLOUR, DENSE_LINE_COLOUR, JOIN_COLOUR, TEXT_COLOUR = "#222222", "#999999", "#C8C8C8", "#333333"
 LEADER_COLOUR = "#777777"
 DASHES = (0, (5, 4))
 MARKER_SIZE, LABEL_SIZE = 7.5, 8.5
 LEADER_FROM = 12.0
-DOTS_PER_INCH = 150
 PANELS_PER_ROW = 3
-DECADE_STEPS = ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 3), (1,))
-MOST_TICKS = 8
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,7 @@ def plot_perplexity_against_bytes(runs: Sequence[Run], path: Path) -> None:
 
     Raises InputError when no run has results.
     """
-    figure = perplexity_figure(runs)
-    with written_whole(path) as partial:
-        figure.savefig(partial, format="png", dpi=DOTS_PER_INCH)
+    write_figure(perplexity_figure(runs), path)
 
 
 def perplexity_figure(runs: Sequence[Run]) -> Figure:
@@ -75,8 +75,7 @@ def perplexity_figure(runs: Sequence[Run]) -> Figure:
     down = math.ceil(len(models) / across)
     legend_columns = 3 * across
     height = 4.6 * down + 0.4 + 0.2 * math.ceil((len(styles) + 2) / legend_columns)
-    figure = Figure(figsize=(6.4 * across, height), dpi=DOTS_PER_INCH, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_figure(6.4 * across, height)
     panels = list(figure.subplots(down, across, squeeze=False).flat)
     groups_of = {}
     for panel, model in zip(panels, models, strict=False):
@@ -141,34 +140,15 @@ def _set_scales(panel: Axes, points: Sequence[Point]) -> None:
     panel.set_yscale("log")
     panel.set_xlim(_limits([x for x, _ in points], room=0.12))
     panel.set_ylim(_limits([y for _, y in points], room=0.16))
-    _set_ticks(panel.xaxis, *panel.get_xlim())
-    _set_ticks(panel.yaxis, *panel.get_ylim())
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(color="#EEEEEE", linewidth=0.8)
-    panel.set_axisbelow(True)
+    set_round_ticks(panel.xaxis, *panel.get_xlim())
+    set_round_ticks(panel.yaxis, *panel.get_ylim())
+    quiet_axes(panel)
 
 
 def _limits(values: Sequence[float], room: float) -> tuple[float, float]:
     low, high = min(values), max(values)
     margin = max(high / low, 1.2) ** room
     return low / margin, high * margin
-
-
-def _set_ticks(axis: Axis, low: float, high: float) -> None:
-    ticks = _round_numbers(low, high)
-    axis.set_major_locator(FixedLocator(ticks))
-    axis.set_major_formatter(FixedFormatter([f"{tick:,g}" for tick in ticks]))
-    axis.set_minor_locator(NullLocator())
-
-
-def _round_numbers(low: float, high: float) -> list[float]:
-    """A few round numbers from ``low`` to ``high``: evenly spaced over a short range, by decades over a long one."""
-    if high / low < 4:
-        return [float(tick) for tick in MaxNLocator(6).tick_values(low, high) if low <= tick <= high]
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    grids = [[step * 10.0**decade for decade in decades for step in steps] for steps in DECADE_STEPS]
-    choices = [[tick for tick in grid if low <= tick <= high] for grid in grids]
-    return next((ticks for ticks in choices if len(ticks) <= MOST_TICKS), choices[-1])
 
 
 def _draw_legend(figure: Figure, styles: dict[str, Style], columns: int) -> None:

@@ -9,7 +9,11 @@ from typing import Any, TypeVar
 
 from moeprune.errors import InputError
 
-SETTINGS = ("model", "method", "scorer", "allocator", "ratio", "quantizer", "recovery", "calibration", "seed")
+SETTINGS = (
+    "model", "method", "scorer", "allocator", "surgery", "ratio", "quantizer", "recovery", "calibration", "seed",
+)  # fmt: skip
+# What runs did that were made before there was a choice.
+BEFORE_THE_CHOICE = {"surgery": "none"}
 Entry = TypeVar("Entry")
 
 
@@ -83,6 +87,7 @@ class Metrics:
     method: str | None
     scorer: str
     allocator: str
+    surgery: str
     ratio: float
     quantizer: str
     recovery: str
@@ -99,6 +104,12 @@ class Metrics:
     @property
     def final(self) -> Variant:
         return self.variants[-1]
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the run was asked to remove channels and removed none, as one that only zeroes single weights: its
+        model is not smaller, so it is shown beside the others and competes with none."""
+        return self.ratio > 0 and self.plan.removed_channels == 0
 
 
 @dataclass(frozen=True)
@@ -170,7 +181,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _metrics(raw: dict[str, Any]) -> Metrics:
+def _metrics(written: dict[str, Any]) -> Metrics:
+    raw = {**BEFORE_THE_CHOICE, **written}
     variants = tuple(_variant(variant) for variant in raw["variants"])
     if not any(variant.name == "dense" for variant in variants):
         raise KeyError("a variant named dense")

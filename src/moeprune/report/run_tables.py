@@ -81,7 +81,7 @@ def task_meaning(metrics: Sequence[Metrics]) -> str:
 
 def _run_caption(metrics: Metrics) -> str:
     dense, final, plan = metrics.dense.parameters, metrics.final.parameters, metrics.plan
-    chosen = f"scorer {metrics.scorer}, allocator {metrics.allocator}"
+    chosen = f"scorer {metrics.scorer}, allocator {metrics.allocator}, surgery {metrics.surgery}"
     named = f"method {metrics.method} ({chosen})" if metrics.method else chosen
     sentences = [
         f"Model {metrics.model}; {named}; quantizer {metrics.quantizer}; recovery {metrics.recovery}; "

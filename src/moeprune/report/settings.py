@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 from moeprune.report.results import SETTINGS, Run
 
-NAMED_BY_LABEL = ("method", "scorer", "allocator")
+BUNDLED = ("scorer", "allocator", "surgery")
+NAMED_BY_LABEL = ("method", *BUNDLED)
+NO_SURGERY = ("surgery", "none")
 SHOWN_APART = ("model", "ratio", "quantizer")
 
 
@@ -32,21 +34,25 @@ def setting_values(runs: Sequence[Run], key: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(value for value in values if value is not None))
 
 
+def methods_bundle(runs: Sequence[Run]) -> bool:
+    """Whether several methods were run, each with one scorer, allocator and surgery, so that its name says it all."""
+    bundles = _bundles([run for run in runs if run.results])
+    return len(bundles) > 1 and "none" not in bundles and all(len(found) == 1 for found in bundles.values())
+
+
 def run_labels(runs: Sequence[Run]) -> list[str]:
     """The name by which each run's method is known beside the others; model, ratio, quantizer are left out.
 
-    That is the method, or "scorer + allocator" where no method is named or one method was run with several; other
-    settings and overrides follow where they vary over the runs.
+    That is the method, or "scorer + allocator" (and "+ surgery" where there is one) where no method is named or one
+    method was run with several; other settings and overrides follow where they vary over the runs.
     """
     extra = [key for key in varying_keys(runs) if key not in NAMED_BY_LABEL + SHOWN_APART]
-    pairs: dict[str | None, set[str]] = {}
-    for run in runs:
-        pairs.setdefault(setting_text(run, "method"), set()).add(_scorer_and_allocator(run))
+    bundles = _bundles(runs)
     labels = []
     for run in runs:
         method = setting_text(run, "method")
-        pair = _scorer_and_allocator(run)
-        label = pair if method in (None, "none") else method if len(pairs[method]) == 1 else f"{method} ({pair})"
+        bundle = _bundle(run)
+        label = bundle if method in (None, "none") else method if len(bundles[method]) == 1 else f"{method} ({bundle})"
         labels.append(", ".join([str(label), *(f"{key} {setting_text(run, key)}" for key in extra)]))
     return labels
 
@@ -55,8 +61,17 @@ def _overrides(run: Run) -> dict[str, str]:
     return dict(override.lstrip("+").split("=", 1) for override in run.overrides if "=" in override)
 
 
-def _scorer_and_allocator(run: Run) -> str:
-    return f"{setting_text(run, 'scorer')} + {setting_text(run, 'allocator')}"
+def _bundles(runs: Sequence[Run]) -> dict[str | None, set[str]]:
+    """What each method was run with."""
+    bundles: dict[str | None, set[str]] = {}
+    for run in runs:
+        bundles.setdefault(setting_text(run, "method"), set()).add(_bundle(run))
+    return bundles
+
+
+def _bundle(run: Run) -> str:
+    values = [setting_text(run, key) for key in BUNDLED]
+    return " + ".join(str(value) for key, value in zip(BUNDLED, values, strict=True) if (key, value) != NO_SURGERY)
 
 
 def _number_or_text(text: str) -> str:

@@ -14,14 +14,17 @@ from moeprune.report.formats import byte_unit, perplexity_text, ratio_text
 from moeprune.report.results import Metrics, Run, load_run, load_sweep
 from moeprune.report.run_tables import run_table, stage_table
 from moeprune.report.settings import run_labels
-from moeprune.report.sweep_table import sweep_table
+from moeprune.report.sweep_table import methods_table, sweep_table
 from moeprune.report.tables import markdown, print_table
+from moeprune.report.times import run_times_table, stage_times_table
+
+MANY_RIVALS = 6
 
 
 def write_run_report(run_dir: Path, console: Console) -> list[Path]:
-    """Print the tables of a run and write them to ``table.md``; returns what was written.
+    """Print the tables of a run and write them to ``table.md``; draw its ``diagnostics.json``, where there is one.
 
-    A run without metrics is told by its status and error, and nothing is written.
+    Returns what was written. A run without metrics is told by its status and error, and nothing is written.
     """
     run = load_run(run_dir)
     if run.status != "success":
@@ -32,31 +35,46 @@ def write_run_report(run_dir: Path, console: Console) -> list[Path]:
     tables = [run_table(run.metrics), stage_table(run.metrics)]
     for table in tables:
         print_table(table, console)
-    path = run_dir / "table.md"
-    _write_text(path, "\n".join(markdown(table) for table in tables))
-    console.print(Text(f"Written: {path}"), soft_wrap=True)
-    return [path]
+    written = [run_dir / "table.md"]
+    _write_text(written[0], "\n".join(markdown(table) for table in tables))
+    if (run_dir / "diagnostics.json").exists():
+        from moeprune.report.diagnostics_plots import write_diagnostics_plots  # see below: matplotlib is slow to load
+
+        written += write_diagnostics_plots(run_dir / "diagnostics.json")
+    _print_written(written, console)
+    return written
 
 
 def write_sweep_report(sweep_dir: Path, console: Console) -> list[Path]:
-    """Print the table of a sweep and its takeaway; write ``sweep.md``, ``sweep.csv`` and ``perplexity_vs_bytes.png``.
+    """Print what a sweep found and where its time went; write ``sweep.md``, ``sweep.csv``, ``perplexity_vs_bytes.png``
+    and, where many runs of one size are to be told apart, ``methods.png``.
 
     Returns what was written; without any finished run there is no plot.
     """
     # Imported here: matplotlib takes a second to load, which runs that plot nothing should not wait for.
+    from moeprune.report.methods_plot import crowded_sizes, plot_methods
     from moeprune.report.plots import plot_perplexity_against_bytes
 
     runs = load_sweep(sweep_dir)
-    table, sentences = sweep_table(runs), takeaway(runs)
-    print_table(table, console)
+    sentences = takeaway(runs)
+    results = [sweep_table(runs), *filter(None, [methods_table(runs)])]
+    times = [stage_times_table(runs), run_times_table(runs)] if any(run.results for run in runs) else []
+    for table in results:
+        print_table(table, console)
     console.print(Text(sentences), end="\n\n")
+    for table in times[:1]:  # the times of each run are in sweep.md
+        print_table(table, console)
     written = [sweep_dir / "sweep.md", sweep_dir / "sweep.csv"]
-    _write_text(written[0], f"{markdown(table)}\n{sentences}\n")
+    tables, more = ("\n".join(markdown(table) for table in part) for part in (results, times))
+    _write_text(written[0], f"{tables}\n{sentences}\n" + (f"\n{more}" if more else ""))
     write_csv(runs, written[1])
-    if any(run.results for run in runs):
+    if times:
         written.append(sweep_dir / "perplexity_vs_bytes.png")
         plot_perplexity_against_bytes(runs, written[-1])
-    console.print(Text("\n".join(f"Written: {path}" for path in written)), soft_wrap=True)
+    if crowded_sizes(runs):
+        written.append(sweep_dir / "methods.png")
+        plot_methods(runs, written[-1])
+    _print_written(written, console)
     return written
 
 
@@ -74,8 +92,15 @@ def takeaway(runs: Sequence[Run]) -> str:
     rivals: dict[tuple[str, float, str], list[Entrant]] = {}
     for entrant in entrants:
         metrics = entrant.metrics
+        if metrics.is_reference:
+            continue
         rivals.setdefault((metrics.model, metrics.ratio, metrics.quantizer), []).append(entrant)
     sentences = [_setting_takeaway(group) for group in rivals.values()]
+    references = [entrant.name for entrant in entrants if entrant.metrics.is_reference]
+    if references:
+        sentences.append(
+            f"Not compared, for they remove no channels and are as large as dense: {', '.join(references)}."
+        )
     unfinished = [f"run {run.name} ({run.status})" for run in runs if not run.results]
     if unfinished:
         sentences.append(f"Not compared, for want of results: {', '.join(unfinished)}.")
@@ -114,7 +139,7 @@ def _setting_takeaway(entrants: Sequence[Entrant]) -> str:
 
 
 def _standing(rivals: Sequence[Entrant], lowest: str) -> str:
-    """Who has the lowest mean perplexity, who comes next and who last; values that read the same are level."""
+    """Who has the lowest mean perplexity, who comes next (two of many) and who last; equal readings are level."""
     best = rivals[0]
     level = [rival for rival in rivals if perplexity_text(rival.perplexity) == perplexity_text(best.perplexity)]
     behind = rivals[len(level) :]
@@ -128,6 +153,8 @@ def _standing(rivals: Sequence[Entrant], lowest: str) -> str:
         shared = " and ".join(rival.name for rival in level)
         first = f"{shared} share the lowest mean perplexity of {len(rivals)} runs, {lowest}"
     compared = f"{behind[0].name} follows with {_against(behind[0], best)}"
+    if len(rivals) > MANY_RIVALS and len(behind) > 2:
+        compared += f", then {behind[1].name} with {_against(behind[1], best)}"
     if len(behind) > 1:
         compared += f", and {behind[-1].name} is last with {_against(behind[-1], best)}"
     return f"{first}; {compared}"
@@ -149,6 +176,10 @@ def _size(entrant: Entrant) -> str:
         f"{entrant.name} takes {final / unit_bytes:.2f} {unit} with overhead against {dense / unit_bytes:.2f} {unit} "
         f"dense ({relation})"
     )
+
+
+def _print_written(paths: Sequence[Path], console: Console) -> None:
+    console.print(Text("\n".join(f"Written: {path}" for path in paths)), soft_wrap=True)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ from moeprune.report.formats import (
 )
 from moeprune.report.results import SETTINGS, Metrics, Run, Variant
 from moeprune.report.run_tables import RATIO_MEANING, column_of, names_in, perplexity_meaning, task_meaning
-from moeprune.report.settings import setting_text, setting_values, varying_keys
+from moeprune.report.settings import BUNDLED, methods_bundle, setting_text, setting_values, varying_keys
 from moeprune.report.tables import ROW_NAME, Cell, Column, Table
 
 PERPLEXITY_AND_SIZE, TASKS = "perplexity and size", "tasks"
@@ -39,8 +39,10 @@ class Row:
 
     @property
     def rivals(self) -> tuple[str, float] | None:
-        """Rows of one model and ratio are compared with each other; dense and unfinished rows with none."""
-        return None if self.metrics is None or self.is_dense else (self.metrics.model, self.metrics.ratio)
+        """Rows of one model and ratio are compared with each other; dense, reference and unfinished rows with none."""
+        if self.metrics is None or self.is_dense or self.metrics.is_reference:
+            return None
+        return self.metrics.model, self.metrics.ratio
 
 
 def sweep_table(runs: Sequence[Run]) -> Table:
@@ -52,7 +54,7 @@ def sweep_table(runs: Sequence[Run]) -> Table:
     measured = [run.results for run in runs if run.results]
     unit_bytes, unit = byte_unit(metrics.dense.bytes.with_overhead for metrics in measured)
     columns = [column_of("run", ("dense" if row.is_dense else row.run.name for row in rows), ROW_NAME)]
-    columns += [column_of(key, (_setting(row, key) for row in rows), ROW_NAME) for key in varying_keys(runs)]
+    columns += [column_of(key, (_setting(row, key) for row in rows), ROW_NAME) for key in _shown_keys(runs)]
     columns += _perplexity_columns(rows)
     columns += [_task_column(rows, task) for task in names_in(metrics.final.tasks for metrics in measured)]
     columns.append(_size_column(rows, unit_bytes, unit))
@@ -71,6 +73,26 @@ def sweep_table(runs: Sequence[Run]) -> Table:
         _caption(runs, measured, any_best),
         captions,
     )
+
+
+def methods_table(runs: Sequence[Run]) -> Table | None:
+    """What the methods of a sweep stand for, where their names replace it in the sweep's own table."""
+    hidden = [key for key in varying_keys(runs) if key not in _shown_keys(runs)]
+    if not hidden:
+        return None
+    first_run = {setting_text(run, "method"): run for run in reversed(runs) if run.results}
+    of_method = [first_run[method] for method in setting_values(runs, "method") if method in first_run]
+    columns = [
+        column_of(key, (setting_text(run, key) or MISSING for run in of_method), group, prose=True)
+        for key, group in [("method", ROW_NAME), *((key, "choices") for key in hidden)]
+    ]
+    return Table("Methods", columns, "What each method of this sweep stands for.")
+
+
+def _shown_keys(runs: Sequence[Run]) -> list[str]:
+    """What varies, without what the name of the method says already."""
+    told = BUNDLED if methods_bundle(runs) else ()
+    return [key for key in varying_keys(runs) if key not in told]
 
 
 def _rows(runs: Sequence[Run]) -> list[Row]:

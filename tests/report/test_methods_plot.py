@@ -1,0 +1,51 @@
+"""The figure that tells many methods apart."""
+
+import json
+import math
+
+import pytest
+
+from moeprune.errors import InputError
+from moeprune.report.methods_plot import crowded_sizes, methods_figure, plot_methods
+from moeprune.report.results import load_sweep
+
+
+@pytest.fixture
+def runs(tmp_path, write_run):
+    """Seven methods at ratio 0.5, the later the better; one at ratio 0.25."""
+    for number in range(7):
+        write_run(tmp_path / str(number), method=f"method_{number}", harm=7.0 - number)
+    write_run(tmp_path / "7", method="method_0", ratio=0.25)
+    return load_sweep(tmp_path)
+
+
+def test_a_size_with_many_runs_has_a_panel_and_its_methods_are_sorted(runs):
+    (panel,) = methods_figure(runs).axes
+    assert panel.get_title() == "tiny_qwen3_moe, 50% removed, nf4"
+    assert [label.get_text() for label in panel.get_yticklabels()] == [
+        f"method_{number}" for number in range(6, -1, -1)
+    ]
+    assert [text.get_text() for text in panel.texts][:2] == ["1.300", "1.560"]
+    assert panel.yaxis_inverted()
+
+
+def test_few_runs_need_no_such_figure(runs):
+    assert crowded_sizes(runs[1:]) == {}
+    with pytest.raises(InputError, match="no size has more than 6"):
+        methods_figure(runs[1:])
+
+
+@pytest.mark.parametrize("perplexity", [math.inf, math.nan])
+def test_a_perplexity_that_is_not_finite_stands_last_and_is_told(tmp_path, runs, perplexity):
+    path = tmp_path / "6" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["variants"][-1]["mean_perplexity"] = perplexity
+    path.write_text(json.dumps(metrics))
+    (panel,) = methods_figure(load_sweep(tmp_path)).axes
+    assert panel.get_yticklabels()[-1].get_text() == "method_6"
+    assert panel.texts[-1].get_text() == "not finite"
+
+
+def test_it_is_written_as_a_png(tmp_path, runs):
+    plot_methods(runs, tmp_path / "methods.png")
+    assert (tmp_path / "methods.png").read_bytes().startswith(b"\x89PNG")
