@@ -1,7 +1,7 @@
-"""First order, exact second order and true ablation of every expert, on the same trained model and text, with costs.
+"""First order, exact second order and true ablation of every expert, on one trained model and text, with their costs.
 
-The paper reports 1.5 h, 26 h and 23 h for the three on Qwen1.5-MoE (arXiv 2606.18304); in closed form the first two come
-from the same forward pass. Run with ``pytest -s`` to see the table.
+The paper reports 1.5 h, 26 h and 23 h for the three on Qwen1.5-MoE (arXiv 2606.18304); in closed form the first two
+come from the same forward pass. Run with ``pytest -s`` to see the table.
 """
 
 import copy
@@ -111,7 +111,7 @@ def test_first_order_exact_second_order_and_true_ablation(model_and_windows):
     rerouted_LE, rerouted_s = timed(ablated_with_rerouting, model, calls)
 
     print(
-        f"\n{type(model).__name__}, {windows.token_count} tokens: mean Spearman per layer with the true loss, seconds"
+        f"\n{type(model).__name__}, {windows.token_count} tokens: Spearman with the true loss (mean of layers), seconds"
     )
     rows = [
         ("first order A_e", first_LE, pass_s),

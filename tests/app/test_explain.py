@@ -28,9 +28,10 @@ def explanation_of(*overrides: str, config_name: str = "config") -> str:
 
 
 def test_a_choice_that_does_not_exist_names_the_nearest_and_all():
-    assert explanation_of("allocator=uniformly") == (
-        "allocator=uniformly does not exist.\nDid you mean: uniform?\nPossible: coverage, uniform, whole_experts."
+    assert (
+        explanation_of("recovery=nothing") == "recovery=nothing does not exist.\nDid you mean: none?\nPossible: none."
     )
+    assert "Did you mean: uniform" in explanation_of("allocator=uniformly")
 
 
 def test_a_choice_that_is_like_no_other_names_all():
@@ -55,10 +56,10 @@ def test_an_unknown_group_or_setting_names_the_nearest_of_both():
 
 
 def test_an_unknown_setting_of_a_group_names_the_settings_of_its_choices():
-    assert explanation_of("allocator.smoothing=3") == (
-        "allocator.smoothing is not a setting of any allocator.\nDid you mean: allocator.smoothing_rounds?\n"
-        "Possible: allocator.smoothing_rounds."
-    )
+    asked, near, possible = explanation_of("allocator.smoothing_round=3").splitlines()
+    assert asked == "allocator.smoothing_round is not a setting of any allocator."
+    assert near.startswith("Did you mean: allocator.smoothing_rounds")
+    assert "allocator.expert_weight" in possible
 
 
 def test_an_override_that_cannot_be_parsed_shows_how_one_looks():

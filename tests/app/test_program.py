@@ -13,9 +13,10 @@ from moeprune.types import Plan
 PNG = b"\x89PNG\r\n\x1a\n"
 VARIANTS = ["dense", "pruned", "pruned+nf4"]
 STAGES = [
-    "calibration", "statistics", "scores", "plan", "pruned", "quantized",
+    "calibration", "statistics", "calibration_report", "scores", "plan", "diagnostics", "pruned", "quantized",
     "evaluation/dense", "evaluation/pruned", "evaluation/pruned-nf4",
 ]  # fmt: skip
+FIGURES = ("kept_channels", "kept_widths", "router_entropy", "score_concentration")
 
 PLUG_IN = '''
 """A scorer from outside."""
@@ -68,7 +69,8 @@ def test_a_run_leaves_everything_in_its_directory_and_the_same_command_again_com
     files = {file.name for file in run_dir.iterdir()}
     assert files == {
         "config.yaml", "manifest.json", "metrics.json", "moeprune.log", "plan.safetensors", "provenance.json",
-        "table.md", ".hydra",
+        "table.md", ".hydra", "calibration.json", "diagnostics.json",
+        *(f"{figure}.{suffix}" for figure in FIGURES for suffix in ("png", "svg")),
     }  # fmt: skip
 
     content = read(manifest)

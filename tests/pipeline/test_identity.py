@@ -18,8 +18,17 @@ from moeprune.scoring.attribution import AttributionScorer
 BUDGET = Budget(ratio=0.25, layers=2, experts=8, width=32, top_k=2, alignment=4, minimum_width=8)
 CALIBRATION = Calibration(EmbeddedText(["prose"], "training"), windows=4, sequence_length=8, batch_size=2, seed=0)
 CHANGES = [
-    (AttributionScorer(), {"alpha": 0.8}),
-    (CoverageAllocator(), {"smoothing_rounds": 3}),
+    (AttributionScorer(), {"alpha": 0.8, "usage": True}),
+    (
+        CoverageAllocator(),
+        {
+            "between_layers": "uniform",
+            "smoothing": "log",
+            "smoothing_rounds": 3,
+            "expert_weight": "usage",
+            "reallocation": "most_score",
+        },
+    ),
     (
         BUDGET,
         {"ratio": 0.5, "layers": 3, "experts": 9, "width": 64, "top_k": 3, "alignment": 2, "minimum_width": 16},

@@ -1,5 +1,6 @@
 """The whole road on tiny random models: what it finds, what it reuses, what a change makes new."""
 
+import json
 import math
 from dataclasses import dataclass, replace
 
@@ -15,11 +16,14 @@ from moeprune.pipeline.run import run
 from moeprune.quantization.nf4 import NF4Quantizer
 from moeprune.scoring.activation import ActivationScorer
 from moeprune.scoring.frequency import FrequencyScorer
+from moeprune.scoring.gradient import EndToEndScorer, HeaprScorer
+from moeprune.surgery.bias import MeanBias
 from moeprune.types import Plan
 
 FAMILIES = ("qwen3_renormalised", "deepseek_v2")
 STAGES = [
-    "calibration", "statistics", "scores", "plan", "pruned", "evaluation/dense", "evaluation/pruned",
+    "calibration", "statistics", "calibration_report", "scores", "plan", "diagnostics", "pruned", "evaluation/dense",
+    "evaluation/pruned",
 ]  # fmt: skip
 
 
@@ -66,7 +70,7 @@ def test_a_run_meets_its_budget_measures_both_models_and_a_second_run_reuses_eve
     assert [artifact.stage for artifact in result.stages] == STAGES
     assert computed(result) == STAGES
     assert result.plan.removed_ratio == 0.5
-    assert result.plan.widths_LE.tolist() == Plan.load(result.plan_file).widths_LE.tolist()
+    assert result.plan.widths_LE.tolist() == Plan.load(result.files["plan.safetensors"]).widths_LE.tolist()
     assert list(result.variants) == ["dense", "pruned"]
     dense, pruned = result.variants.values()
     assert pruned["parameters"]["routed"] == dense["parameters"]["routed"] / 2
@@ -107,11 +111,13 @@ def test_a_change_makes_new_only_what_follows_from_it(experiment, cache, texts):
     base = experiment()
     run(base, cache)
     changes = {
-        "scorer": (replace(base, scorer=ActivationScorer()), STAGES[2:5] + STAGES[6:]),
-        "allocator": (replace(base, allocator=UniformAllocator()), STAGES[3:5] + STAGES[6:]),
-        "ratio": (replace(base, ratio=0.25), STAGES[3:5] + STAGES[6:]),
-        "calibration": (replace(base, calibration=replace(base.calibration, windows=5)), STAGES[:5] + STAGES[6:]),
-        "evaluation": (replace(base, evaluation=replace(base.evaluation, windows=5)), STAGES[5:]),
+        "scorer": (replace(base, scorer=ActivationScorer()), STAGES[3:7] + STAGES[8:]),
+        "allocator": (replace(base, allocator=UniformAllocator()), STAGES[4:7] + STAGES[8:]),
+        "ratio": (replace(base, ratio=0.25), STAGES[4:7] + STAGES[8:]),
+        "calibration": (replace(base, calibration=replace(base.calibration, windows=5)), STAGES[:7] + STAGES[8:]),
+        "evaluation": (replace(base, evaluation=replace(base.evaluation, windows=5)), [STAGES[2], *STAGES[7:]]),
+        "warning": (replace(base, fewest_tokens=1), ["calibration_report"]),
+        "surgery": (replace(base, surgery=MeanBias()), ["pruned", "evaluation/pruned"]),
         "name of the model": (replace(base, model=replace(base.model, name="another name")), []),
         "storage": (replace(base, model=replace(base.model, dtype="bfloat16")), ["pruned", "evaluation/pruned"]),
         "precision": (replace(base, model=replace(base.model, compute_dtype="bfloat16")), STAGES),
@@ -124,7 +130,7 @@ def test_recovery_and_quantizer_are_plain_dataclasses_that_follow_each_other(exp
     result = run(experiment(recovery=ScaledDown(), quantizer=Rounded()), cache)
     assert list(result.variants) == ["dense", "pruned", "pruned+recovered", "pruned+recovered+coarse"]
     assert computed(result) == [
-        *STAGES[:5], "recovered", "quantized", *STAGES[5:],
+        *STAGES[:7], "recovered", "quantized", *STAGES[7:],
         "evaluation/pruned-recovered", "evaluation/pruned-recovered-coarse",
     ]  # fmt: skip
     assert len({metrics["mean_perplexity"] for metrics in result.variants.values()}) == 4
@@ -145,6 +151,26 @@ def test_a_run_in_four_bits_is_smaller_on_disk(experiment, cache):
     assert quantized["parameters"] == pruned["parameters"]
     assert quantized["bytes"]["with_overhead"] < pruned["bytes"]["with_overhead"]
     assert quantized["bytes"]["ideal"] < quantized["bytes"]["with_overhead"]
+
+
+def test_a_scorer_that_asks_for_a_pass_gets_it_once(experiment, cache):
+    """Two scorers and two ratios share one backward pass."""
+    run(experiment(), cache)
+    first = run(experiment(scorer=HeaprScorer()), cache)
+    assert computed(first) == ["pass/loss_gradients", *STAGES[3:7], STAGES[8]]
+    other_ratio = run(experiment(scorer=HeaprScorer(), ratio=0.25), cache)
+    assert computed(other_ratio) == [*STAGES[4:7], STAGES[8]]
+    other_scorer = run(experiment(scorer=EndToEndScorer()), cache)
+    assert computed(other_scorer) == [*STAGES[3:7], STAGES[8]]
+    assert "pass/loss_gradients" in [artifact.stage for artifact in other_scorer.stages]
+
+
+def test_the_results_name_the_files_worth_keeping(experiment, cache):
+    files = run(experiment(), cache).files
+    assert list(files) == ["plan.safetensors", "diagnostics.json", "calibration.json"]
+    report = json.loads(files["calibration.json"].read_text())
+    assert set(report["shared_ngrams"]) == {"numbers", "letters"}
+    assert len(json.loads(files["diagnostics.json"].read_text())["kept_channels"]) == 2
 
 
 def test_whole_experts_by_frequency_need_no_channel_scores(experiment, cache):

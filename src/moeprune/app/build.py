@@ -7,22 +7,36 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from moeprune.app.check import asked_ratio
 from moeprune.errors import InputError, MoepruneError
+from moeprune.models.shape import read_shape
+from moeprune.models.source import ModelSource
 from moeprune.pipeline.experiment import Experiment
 
 
 def build_experiment(config: DictConfig) -> Experiment:
     """The experiment that the config describes. Raises InputError for a plug-in that cannot be built."""
+    model, allocator = _build("model", config.model), _build("allocator", config.allocator)
     return Experiment(
-        model=_build("model", config.model),
+        model=model,
         calibration=_build("calibration", config.calibration),
         scorer=_build("scorer", config.scorer),
-        allocator=_build("allocator", config.allocator),
-        ratio=config.ratio,
+        allocator=allocator,
+        ratio=_ratio(config, model, allocator),
         evaluation=_build("evaluation", config.evaluation),
+        surgery=_build("surgery", config.surgery),
         recovery=build_optional("recovery", config.recovery),
         quantizer=build_optional("quantizer", config.quantizer),
+        fewest_tokens=config.fewest_tokens,
     )
+
+
+def _ratio(config: DictConfig, model: ModelSource, allocator: Any) -> float:
+    if config.target_bytes is None and config.target_active_parameters is None:
+        return float(config.ratio)
+    folder = model.folder()
+    at_once = getattr(allocator, "channels_at_once", None)
+    return asked_ratio(config, folder, at_once(read_shape(folder)) if at_once else model.alignment)
 
 
 def build_optional(group: str, config: DictConfig) -> Any:

@@ -9,8 +9,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, InterpolationToMissingValueError, MissingMandatoryValue, ValidationError
 
 from moeprune.allocation.budget import Budget
+from moeprune.allocation.targets import ratio_for_active_parameters, ratio_for_bytes
 from moeprune.errors import InputError
-from moeprune.models.shape import local_folder, read_shape
+from moeprune.models.shape import local_folder, read_shape, read_sizes
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -39,9 +40,13 @@ class ExperimentConfig:
     scorer: dict[str, Any]
     allocator: dict[str, Any]
     ratio: float
+    target_bytes: int | None
+    target_active_parameters: int | None
     seed: int
     cache_dir: str
     evaluation: dict[str, Any]
+    surgery: dict[str, Any]
+    fewest_tokens: int
     recovery: dict[str, Any] = field(default_factory=dict)
     quantizer: dict[str, Any] = field(default_factory=dict)
     tracking: dict[str, Any] = field(default_factory=dict)
@@ -85,9 +90,26 @@ def _check_model(config: DictConfig) -> None:
         )
     folder = local_folder(model.path)
     if folder is not None:
-        _check_budget(config, folder)
+        limits = {"alignment": model.alignment, "minimum_width": model.minimum_width}
+        Budget.for_model(read_shape(folder), ratio=asked_ratio(config, folder, model.alignment), **limits)
 
 
-def _check_budget(config: DictConfig, folder: Path) -> None:
-    limits = {"alignment": config.model.alignment, "minimum_width": config.model.minimum_width}
-    Budget.for_model(read_shape(folder), ratio=config.ratio, **limits)
+def asked_ratio(config: DictConfig, folder: Path, channels_at_once: int) -> float:
+    """``ratio``, or what meets the target in bytes or active parameters on the checkpoint in ``folder``.
+
+    Raises InputError for two targets at once, BudgetError for one that cannot be met.
+    """
+    target_bytes, target_active = config.target_bytes, config.target_active_parameters
+    if target_bytes is not None and target_active is not None:
+        raise InputError(
+            "target_bytes and target_active_parameters were both given.", change="Give one of them, or a ratio."
+        )
+    limits = {"minimum_width": config.model.minimum_width, "channels_at_once": channels_at_once}
+    if target_bytes is not None:
+        per_parameter = {"float32": 4}.get(config.model.dtype, 2)
+        return ratio_for_bytes(
+            target_bytes, read_sizes(folder), read_shape(folder), bytes_per_parameter=per_parameter, **limits
+        )
+    if target_active is not None:
+        return ratio_for_active_parameters(target_active, read_sizes(folder), read_shape(folder), **limits)
+    return float(config.ratio)

@@ -16,7 +16,9 @@ from moeprune.app.manifest import manifest, write_atomically
 
 log = logging.getLogger(__name__)
 
-REPORTED_CHOICES = ("model", "method", "scorer", "allocator", "quantizer", "recovery", "calibration", "evaluation")
+REPORTED_CHOICES = (
+    "model", "method", "scorer", "allocator", "surgery", "quantizer", "recovery", "calibration", "evaluation",
+)  # fmt: skip
 
 
 def run_job(config: DictConfig) -> None:
@@ -43,10 +45,12 @@ def _run(config: DictConfig, choices: Mapping[str, str | None], run_dir: Path) -
     quiet_libraries()
     write_atomically(run_dir / "provenance.json", json.dumps(provenance(config.seed), indent=1))
     tracker = build_optional("tracking", config.tracking)
-    result = run(build_experiment(config), StageCache(Path(config.cache_dir)))
+    experiment = build_experiment(config)
+    result = run(experiment, StageCache(Path(config.cache_dir)))
 
-    shutil.copyfile(result.plan_file, run_dir / "plan.safetensors")
-    metrics = {**choices, "ratio": config.ratio, "seed": config.seed, **result.as_metrics()}
+    for name, file in result.files.items():
+        shutil.copyfile(file, run_dir / name)
+    metrics = {**choices, "ratio": experiment.ratio, "seed": config.seed, **result.as_metrics()}
     write_atomically(run_dir / "metrics.json", json.dumps(metrics, indent=1))
     if tracker is not None:
         tracker.log_run(_plain(config), metrics, run_dir)

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeprune.calibration.sample import TextSource
-from moeprune.calibration.windows import windows_of_text
+from moeprune.calibration.windows import TokenWindows, windows_of_text
 from moeprune.errors import InputError, require_positive
 from moeprune.evaluation.perplexity import perplexity
 from moeprune.evaluation.tasks import task_accuracies
@@ -36,11 +36,17 @@ class Evaluation:
         if self.task_items is not None:
             require_positive(self, "task_items")
 
+    def token_windows(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, TokenWindows]:
+        """The windows of each text that perplexity is measured on."""
+        return {
+            name: windows_of_text(tokenizer, text, name=name, count=self.windows, length=self.sequence_length)
+            for name, text in self.source.read().items()
+        }
+
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """``{"perplexity", "perplexity_tokens", "mean_perplexity", "tasks"}``; the mean is geometric over texts."""
         values, tokens = {}, {}
-        for name, text in self.source.read().items():
-            windows = windows_of_text(tokenizer, text, name=name, count=self.windows, length=self.sequence_length)
+        for name, windows in self.token_windows(tokenizer).items():
             values[name] = perplexity(model, windows, self.batch_size, name)
             tokens[name] = windows.token_count - len(windows.input_ids_NT)
         mean = math.exp(sum(math.log(value) for value in values.values()) / len(values))

@@ -1,29 +1,34 @@
 """One experiment: everything a run needs to know, as plain objects."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
 from moeprune.allocation.budget import Budget
+from moeprune.calibration.passes import CalibrationPass
 from moeprune.calibration.sample import Calibration
 from moeprune.calibration.statistics import Statistics
+from moeprune.calibration.windows import TokenWindows
 from moeprune.errors import InputError
 from moeprune.evaluation.evaluate import Evaluation
 from moeprune.models.shape import read_shape
 from moeprune.models.source import ModelSource
+from moeprune.surgery.cut import Cut
 from moeprune.types import Plan, Scores
 
-Scorer = Callable[[Statistics], Scores]
+Scorer = Callable[..., Scores]  # statistics, then the result of each pass it asks for
 Allocator = Callable[[Scores, Budget], Plan]
+Surgery = Callable[[PreTrainedModel, Plan, Statistics, TokenWindows, int], PreTrainedModel]
 ModelTransform = Callable[[PreTrainedModel], PreTrainedModel]
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Model -> calibration -> scorer -> allocator at ``ratio`` -> recovery -> quantizer -> evaluation.
+    """Model -> calibration -> scorer -> allocator at ``ratio`` -> surgery -> recovery -> quantizer -> evaluation.
 
-    ``ratio`` is the fraction of routed-expert channels to remove. ``recovery`` and ``quantizer`` may be None.
+    ``ratio`` is the fraction of routed-expert channels to remove. ``recovery`` and ``quantizer`` may be None. Experts
+    that fewer than ``fewest_tokens`` calibration tokens reach are warned of.
     """
 
     model: ModelSource
@@ -32,8 +37,15 @@ class Experiment:
     allocator: Allocator
     ratio: float
     evaluation: Evaluation
+    surgery: Surgery = field(default_factory=Cut)
     recovery: ModelTransform | None = None
     quantizer: ModelTransform | None = None
+    fewest_tokens: int = 32
+
+    @property
+    def passes(self) -> tuple[CalibrationPass, ...]:
+        """What the scorer asks for beyond the statistics of routed tokens."""
+        return tuple(getattr(self.scorer, "passes", ()))
 
     def check(self) -> None:
         """Raise InputError, BudgetError or ModelError for what is bound to fail, before anything is computed."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moeprune.calibration.report import log_warnings
 from moeprune.pipeline import stages
 from moeprune.pipeline.cache import Artifact, StageCache
 from moeprune.pipeline.experiment import Experiment
@@ -13,10 +14,13 @@ from moeprune.types import Plan
 
 @dataclass(frozen=True)
 class Result:
-    """What a run found: the plan, the metrics of each variant of the model in order, and the stages it walked."""
+    """What a run found: the plan, the metrics of each variant of the model in order, and the stages it walked.
+
+    ``files`` are worth keeping with the results, by the name they go by.
+    """
 
     plan: Plan
-    plan_file: Path
+    files: dict[str, Path]
     variants: dict[str, dict[str, Any]]
     stages: list[Artifact]
 
@@ -51,10 +55,14 @@ def run(experiment: Experiment, cache: StageCache) -> Result:
     experiment.check()
     calibration = stages.sample_calibration(cache, experiment)
     statistics = stages.gather_statistics(cache, experiment, calibration)
-    scores = stages.score(cache, experiment, statistics)
+    report = stages.report_calibration(cache, experiment, calibration, statistics)
+    log_warnings(json.loads((report.folder / "calibration.json").read_text()))
+    passes = [stages.run_pass(cache, experiment, calibration, wanted) for wanted in experiment.passes]
+    scores = stages.score(cache, experiment, statistics, passes)
     plan = stages.allocate(cache, experiment, scores)
-    pruned = stages.cut(cache, experiment, plan)
-    walked = [calibration, statistics, scores, plan, pruned]
+    diagnostics = stages.diagnose(cache, experiment, statistics, scores, plan)
+    pruned = stages.cut(cache, experiment, calibration, statistics, plan)
+    walked = [calibration, statistics, report, *passes, scores, plan, diagnostics, pruned]
 
     models: dict[str, Artifact | None] = {"dense": None, "pruned": pruned}
     name, latest = "pruned", pruned
@@ -70,5 +78,6 @@ def run(experiment: Experiment, cache: StageCache) -> Result:
         evaluation = stages.evaluate(cache, experiment, name.replace("+", "-"), model)
         metrics[name] = json.loads((evaluation.folder / "metrics.json").read_text())
         walked.append(evaluation)
-    plan_file = plan.folder / "plan.safetensors"
-    return Result(Plan.load(plan_file), plan_file, metrics, walked)
+    kept = [(plan, "plan.safetensors"), (diagnostics, "diagnostics.json"), (report, "calibration.json")]
+    files = {name: artifact.folder / name for artifact, name in kept}
+    return Result(Plan.load(files["plan.safetensors"]), files, metrics, walked)

@@ -2,17 +2,22 @@
 and its inputs' keys. Raise a stage's version when its result changes for the same settings."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from moeprune.allocation.optimal_coverage import OptimalCoverageAllocator
+from moeprune.calibration.passes import CalibrationPass
+from moeprune.calibration.report import calibration_report, shared_ngrams
 from moeprune.calibration.statistics import Statistics, collect_statistics
 from moeprune.calibration.windows import TokenWindows
 from moeprune.models.checkpoint import load_compressed, save_compressed
 from moeprune.models.footprint import count_bytes, count_parameters
 from moeprune.pipeline.cache import Artifact, StageCache
+from moeprune.pipeline.diagnostics import DEFAULT_OBJECTIVE, diagnostics
 from moeprune.pipeline.experiment import Experiment, ModelTransform
-from moeprune.surgery.prune import prune
+from moeprune.scoring.weights import with_expert_weights
 from moeprune.types import Plan, Scores
 
 
@@ -34,17 +39,56 @@ def gather_statistics(cache: StageCache, experiment: Experiment, calibration: Ar
         statistics = collect_statistics(experiment.model.load(), windows, experiment.calibration.batch_size)
         statistics.save(folder / "statistics.safetensors")
 
-    return cache.get("statistics", 1, {"model": experiment.model}, [calibration.key], compute)
+    return cache.get("statistics", 2, {"model": experiment.model}, [calibration.key], compute)
 
 
-def score(cache: StageCache, experiment: Experiment, statistics: Artifact) -> Artifact:
-    """Statistics -> scores."""
+def report_calibration(
+    cache: StageCache, experiment: Experiment, calibration: Artifact, statistics: Artifact
+) -> Artifact:
+    """Statistics, calibration and evaluation text -> tokens per expert, and the overlap of the two texts."""
+    evaluation = experiment.evaluation
+    settings = {
+        "fewest_tokens": experiment.fewest_tokens,
+        "source": evaluation.source,
+        "windows": [evaluation.windows, evaluation.sequence_length],
+    }
 
     def compute(folder: Path) -> None:
-        scores = experiment.scorer(Statistics.load(statistics.folder / "statistics.safetensors"))
+        windows = TokenWindows.load(calibration.folder / "windows.safetensors")
+        evaluated = evaluation.token_windows(experiment.model.tokenizer())
+        report = calibration_report(_load_statistics(statistics), experiment.fewest_tokens)
+        report["shared_ngrams"] = {name: shared_ngrams(windows, each) for name, each in evaluated.items()}
+        (folder / "calibration.json").write_text(json.dumps(report, indent=1))
+
+    return cache.get("calibration_report", 1, settings, [statistics.key], compute)
+
+
+def run_pass(cache: StageCache, experiment: Experiment, calibration: Artifact, wanted: CalibrationPass) -> Artifact:
+    """Token windows -> what a scorer needs beyond the statistics."""
+
+    def compute(folder: Path) -> None:
+        windows = TokenWindows.load(calibration.folder / "windows.safetensors")
+        result = wanted(experiment.model.load(), windows, experiment.calibration.batch_size)
+        result.save(folder / "result.safetensors")
+
+    settings = {"model": experiment.model, "pass": wanted}
+    return cache.get(f"pass/{wanted.stage}", wanted.version, settings, [calibration.key], compute)
+
+
+def score(cache: StageCache, experiment: Experiment, statistics: Artifact, passes: Sequence[Artifact]) -> Artifact:
+    """Statistics and the results of the scorer's own passes -> scores."""
+
+    def compute(folder: Path) -> None:
+        gathered = _load_statistics(statistics)
+        results = [
+            wanted.load(made.folder / "result.safetensors")
+            for wanted, made in zip(experiment.passes, passes, strict=True)
+        ]
+        scores = with_expert_weights(experiment.scorer(gathered, *results), gathered)
         scores.save(folder / "scores.safetensors")
 
-    return cache.get("scores", 1, {"scorer": experiment.scorer}, [statistics.key], compute)
+    inputs = [statistics.key, *(made.key for made in passes)]
+    return cache.get("scores", 2, {"scorer": experiment.scorer}, inputs, compute)
 
 
 def allocate(cache: StageCache, experiment: Experiment, scores: Artifact) -> Artifact:
@@ -55,17 +99,41 @@ def allocate(cache: StageCache, experiment: Experiment, scores: Artifact) -> Art
         plan = experiment.allocator(Scores.load(scores.folder / "scores.safetensors"), budget)
         plan.save(folder / "plan.safetensors")
 
-    return cache.get("plan", 1, {"allocator": experiment.allocator, "budget": budget}, [scores.key], compute)
+    return cache.get("plan", 2, {"allocator": experiment.allocator, "budget": budget}, [scores.key], compute)
 
 
-def cut(cache: StageCache, experiment: Experiment, plan: Artifact) -> Artifact:
-    """Plan -> pruned model."""
+def diagnose(
+    cache: StageCache, experiment: Experiment, statistics: Artifact, scores: Artifact, plan: Artifact
+) -> Artifact:
+    """Statistics, scores and plan -> concentration, router entropy, widths, coverage against its optimum."""
+    budget, allocator = experiment.budget(), experiment.allocator
+    objective = allocator if isinstance(allocator, OptimalCoverageAllocator) else DEFAULT_OBJECTIVE
 
     def compute(folder: Path) -> None:
-        model = prune(experiment.model.load(), Plan.load(plan.folder / "plan.safetensors"))
+        loaded = Scores.load(scores.folder / "scores.safetensors"), Plan.load(plan.folder / "plan.safetensors")
+        found = diagnostics(_load_statistics(statistics), *loaded, budget, objective)
+        (folder / "diagnostics.json").write_text(json.dumps(found, indent=1))
+
+    return cache.get("diagnostics", 2, {"budget": budget}, [plan.key], compute)
+
+
+def cut(
+    cache: StageCache, experiment: Experiment, calibration: Artifact, statistics: Artifact, plan: Artifact
+) -> Artifact:
+    """Plan -> pruned model; a surgery that compensates also reads the statistics or the calibration windows."""
+
+    def compute(folder: Path) -> None:
+        model = experiment.surgery(
+            experiment.model.load(),
+            Plan.load(plan.folder / "plan.safetensors"),
+            _load_statistics(statistics),
+            TokenWindows.load(calibration.folder / "windows.safetensors"),
+            experiment.calibration.batch_size,
+        )
         _save_model(model, experiment, folder)
 
-    return cache.get("pruned", 1, {"model": experiment.model, "dtype": experiment.model.dtype}, [plan.key], compute)
+    settings = {"model": experiment.model, "dtype": experiment.model.dtype, "surgery": experiment.surgery}
+    return cache.get("pruned", 2, settings, [plan.key], compute)
 
 
 def transform(
@@ -98,6 +166,10 @@ def load_model(experiment: Experiment, model: Artifact) -> PreTrainedModel:
     """A compressed model of the cache on the experiment's device."""
     loaded = load_compressed(model.folder, experiment.model.computation_dtype)
     return loaded.to(experiment.model.placement)  # type: ignore[arg-type]
+
+
+def _load_statistics(statistics: Artifact) -> Statistics:
+    return Statistics.load(statistics.folder / "statistics.safetensors")
 
 
 def _save_model(model: PreTrainedModel, experiment: Experiment, folder: Path) -> None:
