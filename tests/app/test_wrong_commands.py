@@ -46,6 +46,22 @@ REFUSED_BY_CONFIG = {
         ["calibration=text_file"],
         r"A value is missing: calibration\.source\.files\.text\.\nGive it .* calibration\.source\.files\.text=VALUE",
     ),
+    "target below what stays": (
+        ["target_bytes=600"],
+        r"A target of 600 bytes cannot be met.*\nUse a target of at least \d+ bytes",
+    ),
+    "two targets": (["target_bytes=6000000", "target_active_parameters=1400000"], r"were both given\.\nGive one of"),
+    "target in words": (["target_bytes=6MB"], r"target_bytes: Value '6MB' .* could not be converted to Integer"),
+    "target of experts": (
+        ["target_active_parameters=1400000", "method=frequency"],
+        r"cannot be met by removing or merging whole experts.*\n?.*\nUse a channel allocator",
+    ),
+    "target, nothing removed": (
+        ["target_bytes=6000000", "method=wanda_unstructured"],
+        r"allocator=keep_all removes nothing\.\nGive a ratio",
+    ),
+    "merging without distances": (["allocator=merge_linkage"], r"AttributionScorer gives none\.\nUse scorer=hc_smoe"),
+    "refitting what is merged": (["method=m_smoe", "surgery=refit"], r"merging removes none\.\nUse surgery=none"),
     "removed group": (["~scorer"], r"A value is missing: scorer\."),
     "no conf folder": (["--config-dir", "/no/such/folder"], r"'/no/such/folder' not found"),
 }

@@ -1,6 +1,7 @@
 """Keep all: for methods that remove something other than channels."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -13,6 +14,8 @@ from moeprune.types import Plan, Scores
 class KeepAllAllocator:
     """Keeps every channel whatever the budget, where the surgery does the work: unstructured Wanda zeroes weights and
     leaves shapes as they are."""
+
+    keeps_all_channels: ClassVar[bool] = True
 
     def __call__(self, scores: Scores, budget: Budget) -> Plan:
         keep_LE = torch.ones_like(scores.expert_LE, dtype=torch.bool)

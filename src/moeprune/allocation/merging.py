@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from scipy.cluster.hierarchy import cut_tree, linkage
@@ -31,6 +32,7 @@ class LinkageMergeAllocator:
     """
 
     linkage: str = "average"
+    merges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_choice("linkage", self.linkage, LINKAGES)
@@ -63,6 +65,7 @@ class DominantMergeAllocator:
 
     between_layers: str = "global"
     align_channels: bool = True
+    merges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_choice("between_layers", self.between_layers, SPREADS)

@@ -34,8 +34,20 @@ def build_experiment(config: DictConfig) -> Experiment:
 def _ratio(config: DictConfig, model: ModelSource, allocator: Any) -> float:
     if config.target_bytes is None and config.target_active_parameters is None:
         return float(config.ratio)
+    if getattr(allocator, "keeps_all_channels", False):
+        raise InputError(
+            "A target asks for a smaller model, but allocator=keep_all removes nothing.",
+            change="Give a ratio, or choose another allocator.",
+        )
     folder = model.folder()
     at_once = getattr(allocator, "channels_at_once", None)
+    keeps_rows = config.surgery.get("empty_experts") == "keep_row" and not getattr(allocator, "merges", False)
+    if config.target_active_parameters is not None and at_once and not keeps_rows:
+        raise InputError(
+            "target_active_parameters cannot be met by removing or merging whole experts: a token still meets top-k of "
+            "them.",
+            change="Use a channel allocator such as allocator=coverage, surgery=keep_rows, or a target in bytes.",
+        )
     return asked_ratio(config, folder, at_once(read_shape(folder)) if at_once else model.alignment)
 
 

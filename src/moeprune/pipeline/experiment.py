@@ -10,10 +10,10 @@ from moeprune.calibration.passes import CalibrationPass
 from moeprune.calibration.sample import Calibration
 from moeprune.calibration.statistics import Statistics
 from moeprune.calibration.windows import TokenWindows
-from moeprune.errors import InputError
 from moeprune.evaluation.evaluate import Evaluation
 from moeprune.models.shape import read_shape
 from moeprune.models.source import ModelSource
+from moeprune.pipeline.compatibility import check_compatible
 from moeprune.surgery.cut import Cut
 from moeprune.types import Plan, Scores
 
@@ -50,12 +50,7 @@ class Experiment:
     def check(self) -> None:
         """Raise InputError, BudgetError or ModelError for what is bound to fail, before anything is computed."""
         _ = self.model.placement
-        if getattr(self.allocator, "needs_channel_scores", False) and not getattr(self.scorer, "scores_channels", True):
-            raise InputError(
-                f"{type(self.allocator).__name__} needs a score for every channel; {type(self.scorer).__name__} ranks "
-                "whole experts only.",
-                change="Use allocator=whole_experts, or a channel scorer such as scorer=attribution.",
-            )
+        check_compatible(self.scorer, self.allocator, self.surgery)
         self.budget()
 
     def budget(self) -> Budget:

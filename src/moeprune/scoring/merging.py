@@ -24,6 +24,7 @@ class HcSmoeScorer:
     alpha: float = 0.9
 
     scores_channels: ClassVar[bool] = False
+    gives_distances: ClassVar[bool] = True
     # The default groups: where C-Prune ran, the pass is there already.
     passes: ClassVar[tuple[AllTokensPass, ...]] = (AllTokensPass(),)
 
@@ -49,6 +50,7 @@ class MSmoeScorer:
     alpha: float = 0.9
 
     scores_channels: ClassVar[bool] = False
+    gives_distances: ClassVar[bool] = True
 
     def __call__(self, statistics: Statistics) -> Scores:
         product_LEE = statistics.logit_product_LEE

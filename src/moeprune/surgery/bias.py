@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class MeanBias:
     """
 
     empty_experts: str = REMOVE_ROW
+    refuses_merging: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_row_policy(self.empty_experts)

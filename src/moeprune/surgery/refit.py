@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class Refit:
 
     ridge: float = 0.01
     empty_experts: str = REMOVE_ROW
+    refuses_merging: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_row_policy(self.empty_experts)

@@ -3,6 +3,7 @@
 import logging
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class UnstructuredWanda:
     """
 
     sparsity: float
+    needs_all_channels: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
