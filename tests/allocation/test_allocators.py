@@ -12,7 +12,11 @@ from moeprune.allocation.merging import DominantMergeAllocator, LinkageMergeAllo
 from moeprune.allocation.optimal_coverage import OptimalCoverageAllocator
 from moeprune.allocation.ranking import RankingAllocator
 from moeprune.allocation.uniform import UniformAllocator
-from moeprune.allocation.whole_experts import GlobalWholeExpertsAllocator, WholeExpertsAllocator
+from moeprune.allocation.whole_experts import (
+    GlobalWholeExpertsAllocator,
+    ImportanceWholeExpertsAllocator,
+    WholeExpertsAllocator,
+)
 from moeprune.errors import BudgetError, InputError
 from moeprune.types import Plan, Scores
 
@@ -33,6 +37,7 @@ ALLOCATORS = {
     **CHANNEL_ALLOCATORS,
     "whole_experts": WholeExpertsAllocator(),
     "whole_experts_global": GlobalWholeExpertsAllocator(),
+    "whole_experts_by_importance": ImportanceWholeExpertsAllocator(),
     "merge_linkage": LinkageMergeAllocator(),
     "merge_dominant": DominantMergeAllocator(),
 }

@@ -27,6 +27,7 @@ def test_sizes_are_those_of_the_model_whether_experts_are_stored_one_by_one_or_f
     assert read_sizes(tiny_checkpoint) == ModelSizes(parameters.total, parameters.routed)
     fused = tmp_path / "fused"
     fused.mkdir()
+    tiny_model.config.save_pretrained(fused)
     save_file({name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}, fused / WEIGHTS)
     assert read_sizes(fused).routed_parameters == parameters.routed
 

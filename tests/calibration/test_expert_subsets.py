@@ -9,6 +9,7 @@ import torch
 from pass_checks import left_as_it_was, padded
 
 from moeprune.calibration.expert_subsets import ExpertSubsetPass, ExpertSubsets
+from moeprune.calibration.subset_search import GeneticSearch
 from moeprune.calibration.windows import TokenWindows
 from moeprune.errors import InputError
 from moeprune.models.adapter import moe_layers
@@ -76,6 +77,29 @@ def test_greedy_search_eliminates_the_least_harmful_expert_each_time(tiny_model_
             left.remove(min(losses, key=losses.get))
             assert kept(subsets, layer, len(left)) == left
             torch.testing.assert_close(float(subsets.loss_LE[layer, len(left) - 1]), min(losses.values()), **CLOSE)
+
+
+@torch.no_grad()
+def test_bred_subsets_lose_what_they_say_and_no_more_than_elimination(tiny_model_64, random_windows, seen_layers):
+    greedy = ExpertSubsetPass(exhaustive_up_to=2)
+    search = dataclasses.replace(greedy, genetic=GeneticSearch(population=6, generations=4))
+    subsets = search(tiny_model_64, random_windows, 5)
+    eliminated = greedy(tiny_model_64, random_windows, 5)
+    best = ExpertSubsetPass()(tiny_model_64, random_windows, 5)
+    assert (subsets.loss_LE <= eliminated.loss_LE).all() and (subsets.loss_LE >= best.loss_LE).all()
+    assert torch.equal(subsets.removal_loss_LE, eliminated.removal_loss_LE)
+    for layer, (saw, slow) in enumerate(slow_layers(tiny_model_64, random_windows, seen_layers)):
+        for count in range(saw.layer.top_k, saw.layer.expert_count):
+            live = kept(subsets, layer, count)
+            assert len(live) == count
+            torch.testing.assert_close(float(subsets.loss_LE[layer, count - 1]), slow.loss(live), **CLOSE)
+
+
+def test_few_experts_are_searched_exhaustively_whatever_the_search(tiny_model_64, random_windows):
+    plain = ExpertSubsetPass()
+    bred = dataclasses.replace(plain, genetic=GeneticSearch(population=1, generations=1))
+    found, expected = bred(tiny_model_64, random_windows, 5), plain(tiny_model_64, random_windows, 5)
+    assert all(torch.equal(value, vars(expected)[name]) for name, value in vars(found).items())
 
 
 @torch.no_grad()

@@ -1,13 +1,14 @@
 """Whole experts: the lowest-scored experts go, the others stay as they are."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from moeprune.allocation.budget import Budget
 from moeprune.allocation.choices import require_choice
+from moeprune.allocation.layer_budgets import proportional
 from moeprune.allocation.selection import largest, whole_experts_plan
 from moeprune.errors import BudgetError
 from moeprune.models.shape import ExpertShape
@@ -42,12 +43,8 @@ class WholeExpertsAllocator:
 
     def __call__(self, scores: Scores, budget: Budget) -> Plan:
         removed = self.check(budget)
-        kept = budget.experts - removed
-        if scores.subset_LEE is not None:
-            keep_LE = scores.subset_LEE[:, kept - 1].bool()
-        else:
-            keep_LE = torch.stack([largest(expert_E, kept) for expert_E in scores.expert_LE])
-        return whole_experts_plan(keep_LE, budget.width, per_layer_note(budget, removed))
+        kept_L = torch.full((budget.layers,), budget.experts - removed)
+        return whole_experts_plan(_stay(scores, kept_L), budget.width, per_layer_note(budget, removed))
 
 
 @dataclass(frozen=True)
@@ -66,15 +63,7 @@ class GlobalWholeExpertsAllocator:
 
     def check(self, budget: Budget) -> int:
         """How many experts go. Raises BudgetError when layers could not keep top-k each."""
-        removed, experts = removed_experts(budget.ratio, budget.layers * budget.experts), budget.layers * budget.experts
-        if experts - removed < budget.layers * budget.top_k:
-            raise BudgetError(
-                f"ratio={budget.ratio} removes {removed} of {experts} experts and leaves {experts - removed}, but "
-                f"{budget.layers} layers need top-{budget.top_k} experts each.\n"
-                f"Use a ratio of at most {math.floor((1 - budget.top_k / budget.experts) * 1e4) / 1e4}, or a channel "
-                "allocator such as allocator=coverage."
-            )
-        return removed
+        return _removed_over_layers(budget)
 
     def channels_at_once(self, shape: ExpertShape) -> int:
         """Plans remove multiples of this: one expert."""
@@ -87,6 +76,36 @@ class GlobalWholeExpertsAllocator:
             score_LE = score_LE / score_LE.abs().sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         keep_LE = best_experts(score_LE, score_LE.numel() - removed, least=budget.top_k)
         return whole_experts_plan(keep_LE, budget.width, over_layers_note(budget, removed))
+
+
+@dataclass(frozen=True)
+class ImportanceWholeExpertsAllocator:
+    """Removes ``floor(ratio * L * E)`` experts, most from the layers whose experts matter least (MoE-I2, arXiv
+    2411.01016).
+
+    Layer l keeps ``clamp(s * I_l, top_k, E)`` experts, ``I_l = sum_e score_le`` its importance, with the s that meets
+    the budget; fractions go to the largest first, then by index. Which stay is as for `WholeExpertsAllocator`. With
+    `MoeI2Scorer` I_l is the paper's importance, the sum of the losses of removing each expert alone. That important
+    layers lose fewer is the paper's; that counts are proportional is our reading. Sums are compared as they are, so
+    layers of large outputs keep most. A layer whose sum is not positive counts as 0.
+
+    Raises BudgetError when layers could not keep top-k each.
+    """
+
+    def check(self, budget: Budget) -> int:
+        """How many experts go. Raises BudgetError when layers could not keep top-k each."""
+        return _removed_over_layers(budget)
+
+    def channels_at_once(self, shape: ExpertShape) -> int:
+        """Plans remove multiples of this: one expert."""
+        return shape.width
+
+    def __call__(self, scores: Scores, budget: Budget) -> Plan:
+        removed = self.check(budget)
+        ratio = removed / (budget.layers * budget.experts)
+        experts_as_channels = replace(budget, ratio=ratio, width=1, alignment=1, minimum_width=1)
+        kept_L = proportional(scores.expert_LE.double().sum(dim=1), experts_as_channels)
+        return whole_experts_plan(_stay(scores, kept_L), budget.width, over_layers_note(budget, removed))
 
 
 def best_experts(score_LE: Tensor, count: int, *, least: int) -> Tensor:
@@ -108,6 +127,26 @@ def per_layer_note(budget: Budget, removed: int) -> str:
 def over_layers_note(budget: Budget, removed: int) -> str:
     """What rounding to whole experts of the model changed; empty when nothing."""
     return _note(budget.ratio * budget.layers * budget.experts, removed, "")
+
+
+def _stay(scores: Scores, kept_L: Tensor) -> Tensor:
+    """Marks the experts that stay when layer l keeps ``kept_L[l]`` of them [L, E], bool."""
+    if scores.subset_LEE is not None:
+        return scores.subset_LEE[torch.arange(len(kept_L)), kept_L - 1].bool()
+    pairs = zip(scores.expert_LE, kept_L.tolist(), strict=True)
+    return torch.stack([largest(expert_E, kept) for expert_E, kept in pairs])
+
+
+def _removed_over_layers(budget: Budget) -> int:
+    removed, experts = removed_experts(budget.ratio, budget.layers * budget.experts), budget.layers * budget.experts
+    if experts - removed < budget.layers * budget.top_k:
+        raise BudgetError(
+            f"ratio={budget.ratio} removes {removed} of {experts} experts and leaves {experts - removed}, but "
+            f"{budget.layers} layers need top-{budget.top_k} experts each.\n"
+            f"Use a ratio of at most {math.floor((1 - budget.top_k / budget.experts) * 1e4) / 1e4}, or a channel "
+            "allocator such as allocator=coverage."
+        )
+    return removed
 
 
 def _note(asked: float, removed: int, where: str) -> str:

@@ -1,9 +1,7 @@
 """Which experts of a layer, kept together, change its routed output least; their tokens reroute."""
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,6 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from moeprune.calibration.expert_inputs import ExpertInputs, channels_of, visit_expert_inputs
+from moeprune.calibration.subset_search import GeneticSearch, best_of_all, eliminated, without
 from moeprune.calibration.tensor_files import load_fields, save_fields
 from moeprune.calibration.windows import TokenWindows
 from moeprune.errors import InputError, require_positive
@@ -47,7 +46,8 @@ class ExpertSubsetPass:
     own router decides among S, so gates are what the family makes of them. Inputs x are those of the dense model, on
     ``tokens`` tokens drawn with ``seed`` from the windows (all of them, if there are fewer). With at most
     ``exhaustive_up_to`` experts all subsets of every size are tried, as in the paper; with more, experts are eliminated
-    one by one, each time the one whose removal leaves the smallest loss (the paper does not go beyond 8 experts).
+    one by one, each time the one whose removal leaves the smallest loss (the paper does not go beyond 8 experts), or,
+    with ``genetic``, combinations of experts are bred (MoE-I2, arXiv 2411.01016).
 
     With Gram matrices ``<f_te, f_td>`` [T, E, E] of the experts' outputs, made once per layer, a subset costs one call
     of the router and ``sum_t delta_t^T Gram_t delta_t``, delta the change of a token's gates: no expert runs again.
@@ -58,6 +58,7 @@ class ExpertSubsetPass:
     tokens: int = 2048
     exhaustive_up_to: int = 8
     seed: int = 0
+    genetic: GeneticSearch | None = None
 
     stage: ClassVar[str] = "expert_subsets"
     version: ClassVar[int] = 1
@@ -95,14 +96,13 @@ class ExpertSubsetPass:
 
     def _search(self, restricted: "_RestrictedLayer") -> tuple[Tensor, Tensor, Tensor]:
         """The fields of `ExpertSubsets` for one layer."""
-        expert_count = restricted.layer.expert_count
-        everyone = list(range(expert_count))
-        removal_losses = [restricted.loss(_others(everyone, expert)) for expert in everyone]
+        expert_count, least = restricted.layer.expert_count, restricted.layer.top_k
+        removal_losses = [restricted.loss(without(range(expert_count), expert)) for expert in range(expert_count)]
         keep_EE = torch.zeros(expert_count, expert_count, dtype=torch.bool)
         loss_E = torch.full((expert_count,), torch.inf, dtype=torch.float64)
         keep_EE[-1], loss_E[-1] = True, 0
-        exhaustive = expert_count <= self.exhaustive_up_to
-        for loss, kept in (_best_of_all if exhaustive else _eliminated)(restricted):
+        search = best_of_all if expert_count <= self.exhaustive_up_to else self.genetic or eliminated
+        for loss, kept in search(restricted.loss, expert_count, least):
             keep_EE[len(kept) - 1, kept] = True
             loss_E[len(kept) - 1] = loss
         return keep_EE, loss_E, torch.tensor(removal_losses, dtype=torch.float64)
@@ -142,27 +142,6 @@ def _gram_TEE(layer: MoeLayer, x_TH: Tensor) -> Tensor:
     outputs = [channels_of(experts, e, x_TH) @ experts.down_proj[e].T for e in range(layer.expert_count)]
     f_TEH = torch.stack(outputs, dim=1).double()
     return torch.bmm(f_TEH, f_TEH.transpose(1, 2))
-
-
-def _best_of_all(restricted: _RestrictedLayer) -> Iterator[tuple[float, list[int]]]:
-    """(loss, kept) of the best subset of each size below all; the first in lexical order among equals."""
-    expert_count = restricted.layer.expert_count
-    for size in range(restricted.layer.top_k, expert_count):
-        subsets = map(list, combinations(range(expert_count), size))
-        yield min((restricted.loss(kept), kept) for kept in subsets)
-
-
-def _eliminated(restricted: _RestrictedLayer) -> Iterator[tuple[float, list[int]]]:
-    """(loss, kept) after each elimination; among equals the expert of the smallest index goes."""
-    kept = list(range(restricted.layer.expert_count))
-    while len(kept) > restricted.layer.top_k:
-        loss, gone = min((restricted.loss(_others(kept, gone)), gone) for gone in kept)
-        kept = _others(kept, gone)
-        yield loss, kept
-
-
-def _others(experts: list[int], gone: int) -> list[int]:
-    return [expert for expert in experts if expert != gone]
 
 
 def _require_removable(layer: MoeLayer) -> None:

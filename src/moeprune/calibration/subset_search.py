@@ -1,4 +1,4 @@
-"""Searches for the experts of a layer that lose least when kept together; what a subset loses is given as a function."""
+"""Searches for the experts of a layer that lose least when kept together, given what any subset loses."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ class GeneticSearch:
         ranked = sorted(living, key=found)
         for _ in range(self.generations):
             parents = ranked[: (self.population + 1) // 2]
-            children = {_child(*rng.choices(parents, k=2), experts, rng) for _ in range(self.population)}
+            children = {_child(rng.choices(parents, k=2), experts, rng) for _ in range(self.population)}
             ranked = sorted(children.union(ranked), key=found)[: self.population]
         return found(ranked[0])
 
@@ -87,9 +87,9 @@ def _best_of_size(loss: Loss, experts: int, size: int) -> Found:
     return min((loss(kept), kept) for kept in map(list, combinations(range(experts), size)))
 
 
-def _child(one: Combination, other: Combination, experts: int, rng: Random) -> Combination:
-    """As many experts as a parent has, from either; perhaps one exchanged."""
-    gone = rng.sample(sorted({*one, *other}), len(one))
+def _child(parents: list[Combination], experts: int, rng: Random) -> Combination:
+    """As many experts as a parent removes, from any of them; perhaps one exchanged."""
+    gone = rng.sample(sorted(set().union(*parents)), len(parents[0]))
     if rng.random() < 0.5:
         gone[0] = rng.choice(without(range(experts), *gone))
     return tuple(sorted(gone))
