@@ -14,6 +14,7 @@ from moeprune.models.shape import (
     local_folder,
     read_header,
     read_shape,
+    read_sizes,
     weight_files,
 )
 
@@ -61,6 +62,17 @@ def test_shape_is_read_from_fused_experts(tiny_model, tmp_path, expected_shape):
     state = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
     save_file(state, tmp_path / WEIGHTS)
     assert read_shape(tmp_path) == expected_shape
+
+
+@one_model
+@pytest.mark.parametrize("extra", ["model.layers.3", "mtp.layers.0"])
+def test_layers_for_predicting_further_tokens_do_not_count(tiny_checkpoint, expected_shape, extra):
+    """They lie behind the last layer or in a stack of their own, and are not loaded with the model."""
+    sizes = read_sizes(tiny_checkpoint)
+    more = {f"{extra}.mlp.experts.{expert}.down_proj.weight": torch.zeros(32, 24) for expert in range(6)}
+    save_file({**load_file(tiny_checkpoint / WEIGHTS), **more}, tiny_checkpoint / WEIGHTS)
+    assert read_shape(tiny_checkpoint) == expected_shape
+    assert read_sizes(tiny_checkpoint) == sizes
 
 
 @pytest.mark.parametrize("name", embedded_models())

@@ -173,3 +173,18 @@ def test_the_check_names_what_is_left(pruned):
     model.model.layers[0].extra = nn.Linear(4, 4)
     with pytest.raises(ModelError, match=r"model\.layers\.0\.extra"):
         nf4._check_quantized(model)
+
+
+def test_unquantised_experts_are_dropped_layer_by_layer(pruned, monkeypatch):
+    before = [layer.experts.weights for layer in moe_layers(pruned)]
+    dropped = []
+    quantised = NF4Quantizer._quantized_experts
+
+    def watched(quantizer, ragged):
+        dropped.append([weights.down.is_meta for weights in before])
+        return quantised(quantizer, ragged)
+
+    monkeypatch.setattr(NF4Quantizer, "_quantized_experts", watched)
+    NF4Quantizer()(pruned)
+    assert dropped == [[False, False], [True, False]]
+    assert all(weights.down.is_meta and weights.gate_up.is_meta for weights in before)

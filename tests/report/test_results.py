@@ -79,6 +79,13 @@ def test_unreadable_metrics_name_the_file(tmp_path, write_run, text, message):
         load_run(run_dir)
 
 
+@pytest.mark.parametrize("manifest", [{"overrides": []}, {"status": "failed", "error": {"type": "ValueError"}}])
+def test_a_manifest_that_lacks_an_entry_is_named(tmp_path, manifest):
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"manifest\.json does not have the expected entries"):
+        load_run(tmp_path)
+
+
 def test_metrics_without_the_dense_model_are_an_error(tmp_path, write_run):
     run_dir = write_run(tmp_path / "0")
     metrics = json.loads((run_dir / "metrics.json").read_text())

@@ -14,6 +14,7 @@ from surgery_plans import (
 )
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
+import moeprune.surgery.prune
 from moeprune.errors import InputError
 from moeprune.models.adapter import moe_layers
 from moeprune.models.footprint import count_parameters
@@ -288,3 +289,20 @@ def test_experts_may_go_where_the_router_chooses_groups_if_their_rows_stay(group
     mask_channels(zeroed, plan)
     pruned = prune(grouped_model, plan, "keep_row")
     torch.testing.assert_close(pruned(ids).logits, zeroed(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_dense_experts_are_dropped_layer_by_layer(tiny_model, monkeypatch):
+    """All of them beside all that stays of them would not fit on an accelerator that holds the model."""
+    dense = [layer.experts for layer in moe_layers(tiny_model)]
+    plan = plan_of(tiny_model, random_channels)
+    dropped = []
+
+    def packed(*arguments):
+        dropped.append([experts.down_proj.is_meta for experts in dense])
+        return pack(*arguments)
+
+    pack = moeprune.surgery.prune._packed
+    monkeypatch.setattr(moeprune.surgery.prune, "_packed", packed)
+    prune(tiny_model, plan)
+    assert dropped == [[False, False], [True, False]]
+    assert all(experts.down_proj.is_meta and experts.gate_up_proj.is_meta for experts in dense)

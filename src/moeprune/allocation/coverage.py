@@ -20,8 +20,7 @@ from moeprune.allocation.selection import (
     sorted_descending,
     take_experts,
 )
-from moeprune.allocation.smoothing import SMOOTHINGS, smoothed_loss
-from moeprune.errors import InputError
+from moeprune.allocation.smoothing import require_smoothing, smoothed_loss
 from moeprune.types import Plan, Scores
 
 REALLOCATIONS = ("most_lost", "most_score")
@@ -47,11 +46,9 @@ class CoverageAllocator:
 
     def __post_init__(self) -> None:
         require_choice("between_layers", self.between_layers, LAYER_RULES)
-        require_choice("smoothing", self.smoothing, SMOOTHINGS)
+        require_smoothing(self.smoothing, self.smoothing_rounds)
         require_choice("expert_weight", self.expert_weight, EXPERT_WEIGHTS)
         require_choice("reallocation", self.reallocation, REALLOCATIONS)
-        if self.smoothing_rounds < 0:
-            raise InputError(f"smoothing_rounds={self.smoothing_rounds} is not possible.", change="Use 0 or more.")
 
     def __call__(self, scores: Scores, budget: Budget) -> Plan:
         channel_LEC = require_channel_scores(scores, "coverage")

@@ -19,8 +19,7 @@ from moeprune.allocation.selection import (
     sorted_descending,
     take_experts,
 )
-from moeprune.allocation.smoothing import SMOOTHINGS, smoothed_loss
-from moeprune.errors import InputError
+from moeprune.allocation.smoothing import require_smoothing, smoothed_loss
 from moeprune.types import Plan, Scores
 
 LAYER_WEIGHTS = ("loss", "uniform", "none")
@@ -62,10 +61,8 @@ class OptimalCoverageAllocator:
 
     def __post_init__(self) -> None:
         require_choice("layer_weight", self.layer_weight, LAYER_WEIGHTS)
-        require_choice("smoothing", self.smoothing, SMOOTHINGS)
+        require_smoothing(self.smoothing, self.smoothing_rounds)
         require_choice("expert_weight", self.expert_weight, EXPERT_WEIGHTS)
-        if self.smoothing_rounds < 0:
-            raise InputError(f"smoothing_rounds={self.smoothing_rounds} is not possible.", change="Use 0 or more.")
 
     def __call__(self, scores: Scores, budget: Budget) -> Plan:
         channel_LEC = require_channel_scores(scores, "optimal_coverage")
@@ -105,9 +102,9 @@ def coverage_certificate(
     """How much a plan of any allocator covers, in the weights of ``objective``, against the bound for its own number of
     channels.
 
-    Judges widths: that the plan keeps the best channels of each expert is taken for granted. Merged experts count what
-    their leader keeps. A layer that keeps fewer than top-k experts (a merged one may) lowers what the bound asks of all
-    layers. Raises InputError when the scores rank whole experts only.
+    Judges widths: that the plan keeps the best channels of each expert is taken for granted. Of merged experts only the
+    leader counts: the others keep no channels. A layer that keeps fewer than top-k experts (a merged one may) lowers
+    what the bound asks of all layers. Raises InputError when the scores rank whole experts only.
     """
     gain_LEC = objective.gains(scores)
     widths_LE = plan.widths_LE

@@ -3,7 +3,17 @@
 import torch
 from torch import Tensor
 
+from moeprune.allocation.choices import require_choice
+from moeprune.errors import InputError
+
 SMOOTHINGS = ("none", "sqrt", "log", "huber", "clip")
+
+
+def require_smoothing(smoothing: str, rounds: int) -> None:
+    """Raise InputError for settings that `smoothed_loss` does not know."""
+    require_choice("smoothing", smoothing, SMOOTHINGS)
+    if rounds < 0:
+        raise InputError(f"smoothing_rounds={rounds} is not possible.", change="Use 0 or more.")
 
 
 def smoothed_loss(loss_L: Tensor, smoothing: str, rounds: int) -> Tensor:

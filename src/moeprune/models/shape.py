@@ -1,8 +1,10 @@
 """Where a checkpoint lies and how its experts are shaped; needs no torch, so a wrong request is refused at once."""
 
 import json
+import math
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from math import prod
@@ -16,6 +18,7 @@ _ROUTED = re.compile(
     r".*\.layers\.\d+\..*\bexperts\.(?:\d+\.(?:gate_proj|up_proj|down_proj|w[123])\.\w+|(?:gate_up_proj|down_proj)\w*)$"
 )
 _FUSED_DOWN = re.compile(r"(?P<layer>.*\.layers\.\d+\..*experts)\.down_proj$")
+_IN_LAYER = re.compile(r"(?P<stack>.*)\.layers\.(?P<index>\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -75,15 +78,14 @@ def read_shape(folder: Path) -> ExpertShape:
     config = _read_json(folder / "config.json")
     experts_of: dict[str, int] = {}
     widths: set[int] = set()
-    for file in weight_files(folder):
-        for name, entry in read_header(file).items():
-            if match := _EXPERT_DOWN.match(name):
-                layer = match["layer"]
-                experts_of[layer] = max(experts_of.get(layer, 0), int(match["expert"]) + 1)
-                widths.add(entry["shape"][1])
-            elif match := _FUSED_DOWN.match(name):
-                experts_of[match["layer"]] = entry["shape"][0]
-                widths.add(entry["shape"][2])
+    for name, shape in _loaded_tensors(folder, config):
+        if match := _EXPERT_DOWN.match(name):
+            layer = match["layer"]
+            experts_of[layer] = max(experts_of.get(layer, 0), int(match["expert"]) + 1)
+            widths.add(shape[1])
+        elif match := _FUSED_DOWN.match(name):
+            experts_of[match["layer"]] = shape[0]
+            widths.add(shape[2])
     top_k = config.get("num_experts_per_tok")
     if len(set(experts_of.values())) != 1 or len(widths) != 1 or not isinstance(top_k, int):
         raise ModelError(
@@ -101,12 +103,24 @@ def read_sizes(folder: Path) -> ModelSizes:
     Raises ModelError when the checkpoint is incomplete or damaged.
     """
     total = routed = 0
+    for name, shape in _loaded_tensors(folder, _read_json(folder / "config.json")):
+        total += prod(shape)
+        routed += prod(shape) if _ROUTED.match(name) else 0
+    return ModelSizes(total, routed)
+
+
+def _loaded_tensors(folder: Path, config: dict) -> Iterator[tuple[str, list[int]]]:
+    """(name, shape) of the tensors that belong to the model.
+
+    Layers for predicting further tokens, which transformers does not load, lie behind the last layer (DeepSeek-V3) or
+    in a stack named ``mtp`` (Qwen3-Next).
+    """
+    layers = config.get("num_hidden_layers", math.inf)
     for file in weight_files(folder):
         for name, entry in read_header(file).items():
-            parameters = prod(entry["shape"])
-            total += parameters
-            routed += parameters if _ROUTED.match(name) else 0
-    return ModelSizes(total, routed)
+            match = _IN_LAYER.match(name)
+            if match is None or (match["stack"] != "mtp" and int(match["index"]) < layers):
+                yield name, entry["shape"]
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -33,6 +33,7 @@ class NF4Quantizer:
             ragged = layer.experts
             weights = self._quantized_experts(ragged)
             quantized = RaggedExperts(weights, ragged.widths, ragged.act_fn, ragged.slot_of_row, ragged.bias_EH)
+            ragged.weights.to("meta")  # the list of layers still refers to them; their memory is wanted now
             model.set_submodule(layer.name, quantized)
         routers = {id(layer.router) for layer in moe_layers(model)}
         for name, module in list(model.named_modules()):

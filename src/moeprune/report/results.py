@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -138,22 +139,28 @@ class Run:
 
 def load_run(run_dir: Path) -> Run:
     """Read one run directory. Raises InputError when it has no manifest or a file in it cannot be read."""
-    manifest = _read_json(run_dir / "manifest.json")
-    metrics_path = run_dir / "metrics.json"
-    metrics = None
-    if metrics_path.exists():
-        try:
-            metrics = _metrics(_read_json(metrics_path))
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{metrics_path} does not have the expected entries: {error}.") from error
-    failure = manifest.get("error")
-    return Run(
-        name=run_dir.resolve().name,
-        status=manifest["status"],
-        error=_entry(RunError, failure) if failure else None,
-        overrides=tuple(manifest.get("overrides", ())),
-        metrics=metrics,
-    )
+    manifest_path, metrics_path = run_dir / "manifest.json", run_dir / "metrics.json"
+    manifest = _read_json(manifest_path)
+    with _expected_entries(metrics_path):
+        metrics = _metrics(_read_json(metrics_path)) if metrics_path.exists() else None
+    with _expected_entries(manifest_path):
+        failure = manifest.get("error")
+        return Run(
+            name=run_dir.resolve().name,
+            status=manifest["status"],
+            error=_entry(RunError, failure) if failure else None,
+            overrides=tuple(manifest.get("overrides", ())),
+            metrics=metrics,
+        )
+
+
+@contextmanager
+def _expected_entries(path: Path) -> Iterator[None]:
+    """Say which file lacks an entry."""
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} does not have the expected entries: {error}.") from error
 
 
 def load_sweep(sweep_dir: Path) -> tuple[Run, ...]:

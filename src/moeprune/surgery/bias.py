@@ -30,6 +30,7 @@ class MeanBias:
 
     empty_experts: str = REMOVE_ROW
     refuses_merging: ClassVar[bool] = True
+    adds_biases: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_row_policy(self.empty_experts)

@@ -125,6 +125,8 @@ def _cut_layer(
         bias_EH = bias_EH if bias_EH.any() else None  # nothing was removed where the rows stay
     widths = [len(kept[expert]) for expert in live]
     packed = _packed(layer.experts, kept, live)
+    # Lists of the layers still refer to the dense experts: without their memory, else both would be held until the end.
+    layer.experts.to("meta")
     model.set_submodule(layer.name, RaggedExperts(packed, widths, layer.experts.act_fn, slot_of_row, bias_EH))
     if len(rows) < len(kept):
         keep_router_rows(layer.router, rows)
