@@ -32,6 +32,7 @@ class Silent:
         ((HcSmoeScorer(), LinkageMergeAllocator(), Refit()), "merging removes none"),
         ((MSmoeScorer(), DominantMergeAllocator(), MeanBias()), "merging removes none"),
         ((AttributionScorer(), CoverageAllocator(), UnstructuredWanda(0.5)), "method=wanda_unstructured"),
+        ((AttributionScorer(), KeepAllAllocator(), Cut()), "leaves the work to the surgery"),
     ],
 )
 def test_choices_that_do_not_go_together_are_refused(choices, message):

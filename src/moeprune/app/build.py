@@ -1,7 +1,9 @@
 """From a checked config to plain objects."""
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, get_args
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -13,25 +15,30 @@ from moeprune.models.shape import read_shape
 from moeprune.models.source import ModelSource
 from moeprune.pipeline.experiment import Experiment
 
+# Plain types of settings -> types of values that may stand for them.
+VALUES_OF: dict[Any, tuple[type, ...]] = {
+    bool: (bool,), int: (int,), float: (float, int), str: (str,), NoneType: (NoneType,),
+}  # fmt: skip
+
 
 def build_experiment(config: DictConfig) -> Experiment:
     """The experiment that the config describes. Raises InputError for a plug-in that cannot be built."""
-    model, allocator = _build("model", config.model), _build("allocator", config.allocator)
+    model, allocator, surgery = (_build(group, config[group]) for group in ("model", "allocator", "surgery"))
     return Experiment(
         model=model,
         calibration=_build("calibration", config.calibration),
         scorer=_build("scorer", config.scorer),
         allocator=allocator,
-        ratio=_ratio(config, model, allocator),
+        ratio=_ratio(config, model, allocator, surgery),
         evaluation=_build("evaluation", config.evaluation),
-        surgery=_build("surgery", config.surgery),
+        surgery=surgery,
         recovery=build_optional("recovery", config.recovery),
         quantizer=build_optional("quantizer", config.quantizer),
         fewest_tokens=config.fewest_tokens,
     )
 
 
-def _ratio(config: DictConfig, model: ModelSource, allocator: Any) -> float:
+def _ratio(config: DictConfig, model: ModelSource, allocator: Any, surgery: Any) -> float:
     if config.target_bytes is None and config.target_active_parameters is None:
         return float(config.ratio)
     if getattr(allocator, "keeps_all_channels", False):
@@ -39,9 +46,14 @@ def _ratio(config: DictConfig, model: ModelSource, allocator: Any) -> float:
             "A target asks for a smaller model, but allocator=keep_all removes nothing.",
             change="Give a ratio, or choose another allocator.",
         )
+    if config.target_bytes is not None and getattr(surgery, "adds_biases", False):
+        raise InputError(
+            "target_bytes does not count the biases that this surgery adds.",
+            change="Give a ratio, or choose another surgery, such as surgery=refit.",
+        )
     folder = model.folder()
     at_once = getattr(allocator, "channels_at_once", None)
-    keeps_rows = config.surgery.get("empty_experts") == "keep_row" and not getattr(allocator, "merges", False)
+    keeps_rows = getattr(surgery, "empty_experts", None) == "keep_row" and not getattr(allocator, "merges", False)
     if config.target_active_parameters is not None and at_once and not keeps_rows:
         raise InputError(
             "target_active_parameters cannot be met by removing or merging whole experts: a token still meets top-k of "
@@ -58,7 +70,7 @@ def build_optional(group: str, config: DictConfig) -> Any:
 
 def _build(group: str, config: DictConfig) -> Any:
     try:
-        return instantiate(config, _convert_="all")
+        plug_in = instantiate(config, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, MoepruneError):
@@ -68,6 +80,19 @@ def _build(group: str, config: DictConfig) -> Any:
             f"{group} cannot be built from _target_ {config.get('_target_')}: {reason}",
             change=f"Check the settings of {group}; an own plug-in must be importable (installed, or on PYTHONPATH).",
         ) from error
+    _require_plain_types(group, plug_in)
+    return plug_in
+
+
+def _require_plain_types(group: str, plug_in: Any) -> None:
+    """Raise InputError for a setting of the wrong kind; a word where true or false belongs would count as true."""
+    for setting in fields(plug_in) if is_dataclass(plug_in) else ():
+        kinds = get_args(setting.type) if isinstance(setting.type, UnionType) else (setting.type,)
+        value = getattr(plug_in, setting.name)
+        if VALUES_OF.keys() >= set(kinds) and not any(type(value) in VALUES_OF[kind] for kind in kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds if kind is not NoneType)
+            change = "Use true or false." if bool in kinds else "Give a value of that type."
+            raise InputError(f"{group}.{setting.name}={value} is no {expected}.", change=change)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

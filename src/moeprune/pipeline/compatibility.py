@@ -34,3 +34,8 @@ def check_compatible(scorer: object, allocator: object, surgery: object) -> None
             f"{names[2]} zeroes single weights of experts that keep all channels; {names[1]} removes channels.",
             change="Use allocator=keep_all, or method=wanda_unstructured.",
         )
+    if said(allocator, "keeps_all_channels", False) and not said(surgery, "needs_all_channels", False):
+        raise InputError(
+            f"{names[1]} removes nothing and leaves the work to the surgery; {names[2]} does none of it.",
+            change="Use surgery=wanda_unstructured, or another allocator.",
+        )
