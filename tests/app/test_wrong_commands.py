@@ -60,8 +60,12 @@ REFUSED_BY_CONFIG = {
         ["target_bytes=6000000", "method=wanda_unstructured"],
         r"allocator=keep_all removes nothing\.\nGive a ratio",
     ),
+    "target with biases": (["target_bytes=6000000", "surgery=bias"], r"does not count the biases.*\nGive a ratio"),
     "merging without distances": (["allocator=merge_linkage"], r"AttributionScorer gives none\.\nUse scorer=hc_smoe"),
     "refitting what is merged": (["method=m_smoe", "surgery=refit"], r"merging removes none\.\nUse surgery=none"),
+    "yes or no in words": (["scorer.usage=no"], r"scorer\.usage=no is no bool\.\nUse true or false"),
+    "scorer setting in words": (["scorer.alpha=half"], r"scorer\.alpha=half is no float\."),
+    "part of a window": (["calibration.windows=10.5"], r"calibration\.windows=10\.5 is no int\."),
     "removed group": (["~scorer"], r"A value is missing: scorer\."),
     "no conf folder": (["--config-dir", "/no/such/folder"], r"'/no/such/folder' not found"),
 }

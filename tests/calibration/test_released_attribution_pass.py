@@ -54,6 +54,12 @@ def test_it_equals_a_loop_over_batches_and_tokens(tiny_model_64, random_windows,
     assert_close_to_scale(actual, loop_over_batches(tiny_model_64, random_windows, seen_layers, 2, settings), 1e-10)
 
 
+def test_half_precision_that_would_lose_the_gradients_is_refused(tiny_model, random_windows):
+    """They are of the size of q, which float16 does not reach where the hidden states of a token are large."""
+    with pytest.raises(InputError, match=r"float16(.|\n)*compute_dtype=bfloat16"):
+        ReleasedAttributionPass()(tiny_model.half(), random_windows, 5)
+
+
 def test_a_quantile_of_one_clips_nothing_and_a_low_one_does(tiny_model_64, random_windows):
     def attribution(quantile):
         return ReleasedAttributionPass(None, quantile)(tiny_model_64, random_windows, 5).attribution_LEC

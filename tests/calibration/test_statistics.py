@@ -172,6 +172,18 @@ def test_float32_sums_are_those_of_float64_up_to_rounding(build_model, model_nam
     assert_same_statistics(single, double, rtol=1e-3, atol=1e-4)
 
 
+@torch.no_grad()
+def test_how_far_tokens_move_is_exact_in_float32_where_they_hardly_move(build_model, model_name, random_windows):
+    """One minus a cosine that is nearly one would lose all its digits."""
+    sums = []
+    for dtype in (torch.float32, torch.float64):
+        model = build_model(model_name, dtype)
+        for layer in moe_layers(model):
+            layer.experts.down_proj.mul_(1e-3)
+        sums.append(collect_statistics(model, random_windows, batch_size=5).changed_output_norm_sum_LE)
+    torch.testing.assert_close(*sums, rtol=2e-3, atol=0)
+
+
 def test_statistics_survive_a_round_trip(tiny_model, random_windows, tmp_path):
     statistics = collect_statistics(tiny_model, random_windows, batch_size=2)
     statistics.save(tmp_path / "statistics.safetensors")

@@ -61,3 +61,14 @@ def test_combine_is_the_gated_sum_of_each_token(seed):
 def test_combine_keeps_the_dtype_of_the_experts_outputs():
     routed = dispatch(torch.tensor([[0], [1]]), torch.ones(2, 1, dtype=torch.float32), 2)
     assert combine(torch.ones(2, 4, dtype=torch.bfloat16), routed, 2).dtype == torch.bfloat16
+
+
+def test_gates_of_higher_precision_are_rounded_with_the_product_and_not_before():
+    """DeepSeek's routers give float32 gates to bfloat16 experts, and the families round the gated output once."""
+    experts_TK, gates_TK = random_routing(40, 6, 2, seed=0)
+    routed = dispatch(experts_TK, gates_TK.float(), 6)
+    output_AH = torch.randn(80, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected_TH = torch.zeros(40, 5, dtype=torch.bfloat16)
+    for output_H, token, gate in zip(output_AH, routed.token_A.tolist(), routed.gate_A, strict=True):
+        expected_TH[token] += (output_H.float() * gate).bfloat16()
+    assert torch.equal(combine(output_AH, routed, 40), expected_TH)

@@ -87,3 +87,10 @@ def test_a_gpu_that_is_not_there_is_an_input_error(source):
     with pytest.raises(InputError, match="no GPU is available"):
         _ = dataclasses.replace(source, device="cuda").placement
     assert dataclasses.replace(source, device="auto").placement == torch.device("cpu")
+
+
+@one_model
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", ""])
+def test_what_is_no_device_is_an_input_error(source, device):
+    with pytest.raises(InputError, match=f"model.device={device}"):
+        _ = dataclasses.replace(source, device=device).placement

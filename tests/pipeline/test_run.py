@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 
 from moeprune.allocation.uniform import UniformAllocator
 from moeprune.allocation.whole_experts import WholeExpertsAllocator
-from moeprune.errors import BudgetError
+from moeprune.calibration.text import TextFiles
+from moeprune.errors import BudgetError, InputError
 from moeprune.models.ragged import RaggedExperts
 from moeprune.pipeline.cache import StageCache
 from moeprune.pipeline.run import run
@@ -182,6 +184,26 @@ def test_an_impossible_budget_is_refused_before_anything_is_computed(experiment,
     for impossible in (experiment(ratio=0.99), experiment(ratio=0.875, allocator=WholeExpertsAllocator())):
         with pytest.raises(BudgetError):
             run(impossible, cache)
+    assert not cache.root.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": TextFiles({"text": "/no/such/text"})}, "/no/such/text does not exist"),
+        ({"sequence_length": 10_000}, "does not fill one window"),
+        ({"sequence_length": 2}, "leaves nothing to predict"),
+        ({"tasks": ["word_ordr"]}, "Task 'word_ordr' does not exist"),
+    ],
+)
+def test_an_impossible_evaluation_is_refused_before_anything_is_computed(
+    experiment, cache, monkeypatch, change, message
+):
+    none_but_ours = TaskManager(include_defaults=False)  # those that come with lm-eval take half a minute to read
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_defaults: none_but_ours)
+    base = experiment()
+    with pytest.raises(InputError, match=message):
+        run(replace(base, evaluation=replace(base.evaluation, **change)), cache)
     assert not cache.root.exists()
 
 

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from moeprune.calibration.recorder import OUTPUT_NORM_EPS
+from moeprune.calibration.recorder import OUTPUT_NORM_EPS, at_least_float32
 from moeprune.calibration.windows import TokenWindows
+from moeprune.errors import InputError
 from moeprune.models.adapter import MoeLayer, moe_layers
 from moeprune.models.dispatch import Dispatch, combine, dispatch
 
@@ -75,7 +76,14 @@ def block_local_gradients(
     The loss' gradient with respect to the gated sum m' = alpha m is ``2 (alpha - 1) q m``; the scaling gives another
     alpha. The graph of a layer spans its experts only and is gone before the next layer runs. The model itself, which
     all layers read, is not scaled, and routing is held fixed.
+
+    Raises InputError for a model in float16: gradients are of the size of q, which it cannot hold.
     """
+    if model.dtype == torch.float16:
+        raise InputError(
+            "Gradients of the block_local loss are too small for float16.",
+            change="Use model.compute_dtype=bfloat16 or float32.",
+        )
     graphs = [_ExpertGraph(index, layer, receive) for index, layer in enumerate(moe_layers(model))]
     with frozen(model), ExitStack() as attached:
         for graph in graphs:
@@ -106,18 +114,22 @@ class _ExpertGraph:
         gate_AC, up_AC = pre_activation_AI.chunk(2, dim=-1)
         h_AC = experts.act_fn(gate_AC) * up_AC
         f_AH = torch.cat([h_AC[rows] @ experts.down_proj[e].T for e, rows in routed.active()])
-        self._hand_out(routed, x_AH.detach(), pre_activation_AI, h_AC, f_AH)
+        self._hand_out(routed, hidden_TH.detach(), pre_activation_AI, h_AC, f_AH)
         return combine(f_AH, routed, len(hidden_TH))
 
-    def _hand_out(self, routed: Dispatch, x_AH: Tensor, pre_activation_AI: Tensor, h_AC: Tensor, f_AH: Tensor) -> None:
+    def _hand_out(
+        self, routed: Dispatch, hidden_TH: Tensor, pre_activation_AI: Tensor, h_AC: Tensor, f_AH: Tensor
+    ) -> None:
         """Hook the three tensors. Their gradients arrive in the order f, h, pre-activation, so the last one hands out.
 
-        The hooks hold no tensor of the graph: it would keep itself alive.
+        The hooks hold no tensor of the graph: it would keep itself alive. Nor do they hold the inputs of all
+        assignments, K times those of the tokens, in every layer until the backward pass comes.
         """
         arrived: dict[str, Tensor] = {}
         valid_A, plain_h_AC = self.valid_T[routed.token_A], h_AC.detach()
 
         def hand_out(gradient_AI: Tensor) -> None:
+            x_AH = hidden_TH[routed.token_A]
             self._receive(
                 ExpertGradients(
                     self.index, self.layer.experts, routed, valid_A, x_AH, plain_h_AC, gradient_AI, **arrived
@@ -185,8 +197,3 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    """Half precision is too coarse for squares and sums."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from moeprune.calibration.expert_gradients import (
     ExpertGradients,
-    at_least_float32,
     block_local_gradients,
     language_model_gradients,
 )
+from moeprune.calibration.recorder import at_least_float32
 from moeprune.calibration.tensor_files import load_fields, save_fields
 from moeprune.calibration.windows import TokenWindows
 from moeprune.errors import InputError
@@ -61,7 +61,7 @@ class LossGradientPass:
     alpha: float = 0.9
 
     stage: ClassVar[str] = "loss_gradients"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         require_known_loss(self.loss)

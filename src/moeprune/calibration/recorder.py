@@ -137,14 +137,12 @@ class LayerRecorder:
 
     def _reduce_layer(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor]) -> None:
         layer_output = output if isinstance(output, Tensor) else output[0]
-        y_TH = _at_least_float32(layer_output.reshape(-1, layer_output.shape[-1]))
-        m_TH = _at_least_float32(self._held.m_TH)
+        y_TH = at_least_float32(layer_output.reshape(-1, layer_output.shape[-1]))
+        m_TH = at_least_float32(self._held.m_TH)
         valid_T = self._valid_T.to(y_TH.dtype)
         y_sq_T, m_sq_T, ym_T = (torch.linalg.vecdot(a, b) for a, b in ((y_TH, y_TH), (m_TH, m_TH), (y_TH, m_TH)))
         q_T = valid_T / (y_sq_T + OUTPUT_NORM_EPS)
-        norms_T = ((y_sq_T - 2 * ym_T + m_sq_T).clamp(min=0) * y_sq_T).sqrt()
-        cosine_T = (y_sq_T - ym_T) / norms_T.clamp(min=torch.finfo(y_TH.dtype).tiny)
-        weights = _TokenWeights(valid_T, q_T, valid_T * (1 - cosine_T).clamp(min=0))
+        weights = _TokenWeights(valid_T, q_T, valid_T * _one_minus_cosine_T(y_sq_T, m_sq_T, ym_T))
         self._routed_output_loss += (q_T @ m_sq_T).double().cpu()
         for experts in _expert_groups(self._held.routed.counts):
             self._reduce_experts(experts, self._held, m_TH, weights)
@@ -160,8 +158,8 @@ class LayerRecorder:
         value_nVC = self._channel_values(experts, held, m_TH[token_n])
         gated_h_sq_nC = weight_Sn[1].unsqueeze(-1) * value_nVC[:, CHANNEL_VALUES.index("h^2")]
 
-        f_nH = _at_least_float32(held.f_AH[rows])
-        hidden_S_nH = (f_nH, f_nH.square(), _at_least_float32(held.x_AH[rows]).square())
+        f_nH = at_least_float32(held.f_AH[rows])
+        hidden_S_nH = (f_nH, f_nH.square(), at_least_float32(held.x_AH[rows]).square())
         f_sq_norm_n = hidden_S_nH[1].sum(dim=-1)
         f_norm_n = f_sq_norm_n.sqrt()
         of_row_nS = torch.stack([valid_n, valid_n * g_n, valid_n * f_norm_n, valid_n * f_sq_norm_n,
@@ -183,12 +181,12 @@ class LayerRecorder:
 
     def _channel_values(self, experts: "_ExpertRows", held: _Held, m_nH: Tensor) -> Tensor:
         """The `CHANNEL_VALUES` of each row [n, V, C], with p = <w_c, m_t>."""
-        h_nC = _at_least_float32(held.h_AC[experts.rows])
-        gate_up_nC = _at_least_float32(held.gate_up_AC[experts.rows])
+        h_nC = at_least_float32(held.h_AC[experts.rows])
+        gate_up_nC = at_least_float32(held.gate_up_AC[experts.rows])
         value_nVC = h_nC.new_empty(len(h_nC), len(CHANNEL_VALUES), h_nC.shape[1])
         p_nC = torch.empty_like(h_nC)
         for expert, each in zip(experts.index, experts.split(), strict=True):
-            torch.mm(m_nH[each], _at_least_float32(self._experts.down_proj[expert]), out=p_nC[each])
+            torch.mm(m_nH[each], at_least_float32(self._experts.down_proj[expert]), out=p_nC[each])
         value_nVC[:, 0] = h_nC
         torch.mul(h_nC, h_nC, out=value_nVC[:, 1])
         torch.mul(h_nC, p_nC, out=value_nVC[:, 2])
@@ -232,6 +230,18 @@ def _expert_groups(counts: list[int]) -> Iterator[_ExpertRows]:
         yield _ExpertRows(index, held, start)
 
 
+def _one_minus_cosine_T(y_sq_T: Tensor, m_sq_T: Tensor, ym_T: Tensor) -> Tensor:
+    """``1 - cos(y - m, y)`` from the products of y and m; 1 where either vector is 0.
+
+    By ``sin^2 / (1 + cos)``: where routed experts move a token little, one minus the cosine itself would cancel.
+    """
+    norms_sq_T = (y_sq_T - 2 * ym_T + m_sq_T).clamp(min=0) * y_sq_T
+    safe_T = norms_sq_T.where(norms_sq_T > 0, 1.0)
+    cosine_T = ((y_sq_T - ym_T) / safe_T.sqrt()).clamp(-1, 1)
+    sine_sq_T = ((y_sq_T * m_sq_T - ym_T.square()) / safe_T).clamp(0, 1)
+    return torch.where(cosine_T > 0, sine_sq_T / (1 + cosine_T), 1 - cosine_T).where(norms_sq_T > 0, 1.0)
+
+
 def _weight_norms(experts: Any, input_norm_EH: Tensor) -> dict[str, Tensor]:
     """L2 and L1 norms of each channel's weights, and of its gate and up rows the L1 norm weighted by the inputs'."""
     norms: dict[str, list[Tensor]] = {}
@@ -242,16 +252,17 @@ def _weight_norms(experts: Any, input_norm_EH: Tensor) -> dict[str, Tensor]:
     for gate_up_CH, down_HC, input_norm_H in zip(
         experts.gate_up_proj.detach(), experts.down_proj.detach(), input_norm_EH, strict=True
     ):
-        for name, weight_CH in zip(("gate_row", "up_row"), _at_least_float32(gate_up_CH).chunk(2), strict=True):
+        for name, weight_CH in zip(("gate_row", "up_row"), at_least_float32(gate_up_CH).chunk(2), strict=True):
             absolute_CH = weight_CH.abs()
             keep(f"{name}_norm", torch.linalg.vector_norm(weight_CH, dim=1))
             keep(f"{name}_abs_sum", absolute_CH.sum(dim=1))
             keep(f"{name}_input_norm", absolute_CH @ input_norm_H.to(absolute_CH))
-        weight_HC = _at_least_float32(down_HC)
+        weight_HC = at_least_float32(down_HC)
         keep("down_column_norm", torch.linalg.vector_norm(weight_HC, dim=0))
         keep("down_column_abs_sum", weight_HC.abs().sum(dim=0))
     return {name: torch.stack(values) for name, values in norms.items()}
 
 
-def _at_least_float32(values: Tensor) -> Tensor:
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision is too coarse for squares and sums."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moeprune.calibration.expert_gradients import ExpertGradients, at_least_float32, block_local_gradients
+from moeprune.calibration.expert_gradients import ExpertGradients, block_local_gradients
+from moeprune.calibration.recorder import at_least_float32
 from moeprune.calibration.tensor_files import load_fields, save_fields
 from moeprune.calibration.windows import TokenWindows
 from moeprune.errors import InputError
@@ -46,7 +47,7 @@ class ReleasedAttributionPass:
     alpha: float = 0.9
 
     stage: ClassVar[str] = "released_attribution"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         if self.ema is not None and not 0 <= self.ema < 1:

@@ -11,7 +11,7 @@ from moeprune.calibration.sample import TextSource
 from moeprune.calibration.windows import TokenWindows, windows_of_text
 from moeprune.errors import InputError, require_positive
 from moeprune.evaluation.perplexity import perplexity
-from moeprune.evaluation.tasks import task_accuracies
+from moeprune.evaluation.tasks import require_known_tasks, task_accuracies
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class Evaluation:
             name: windows_of_text(tokenizer, text, name=name, count=self.windows, length=self.sequence_length)
             for name, text in self.source.read().items()
         }
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise InputError for a text that is missing or too short, or a task that does not exist."""
+        self.token_windows(tokenizer)
+        require_known_tasks(self.tasks)
 
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """``{"perplexity", "perplexity_tokens", "mean_perplexity", "tasks"}``; the mean is geometric over texts."""

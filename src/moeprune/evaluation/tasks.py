@@ -22,6 +22,15 @@ def shipped_tasks() -> list[str]:
     return sorted(entry.stem for entry in _tasks_folder().glob("*.yaml"))
 
 
+def require_known_tasks(tasks: Sequence[str]) -> None:
+    """Raise InputError for a task that lm-eval does not know.
+
+    Takes seconds where a task does not ship with the package.
+    """
+    if not set(shipped_tasks()).issuperset(tasks):
+        _task_manager(tasks)
+
+
 def task_accuracies(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], items: int | None, batch_size: int
 ) -> dict[str, dict[str, float]]:
@@ -34,13 +43,9 @@ def task_accuracies(
     # lm-eval takes seconds to import, and only evaluation needs it.
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     shipped = set(shipped_tasks())
-    manager = TaskManager(include_defaults=not shipped.issuperset(tasks))
-    unknown = [task for task in tasks if task not in shipped and task not in manager.all_tasks]
-    if unknown:
-        raise InputError(f"Task {unknown[0]!r} does not exist.", possible=sorted(shipped), given=unknown[0])
+    manager = _task_manager(tasks)
     limit = model.config.max_position_embeddings
     language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=limit)
     if os.environ.get("TQDM_DISABLE"):  # lm-eval's own bars do not heed it
@@ -56,6 +61,17 @@ def task_accuracies(
         samples = sum(part["effective"] for part in answers["n-samples"].values())  # a group has several parts
         accuracies[task] = _accuracy(task, answers["results"][task], samples)
     return accuracies
+
+
+def _task_manager(tasks: Sequence[str]) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    shipped = shipped_tasks()
+    manager = TaskManager(include_defaults=not set(shipped).issuperset(tasks))
+    unknown = [task for task in tasks if task not in shipped and task not in manager.all_tasks]
+    if unknown:
+        raise InputError(f"Task {unknown[0]!r} does not exist.", possible=shipped, given=unknown[0])
+    return manager
 
 
 def _loaded(manager: Any, spec: str | dict[str, Any]) -> Any:

@@ -41,7 +41,11 @@ def dispatch(experts_TK: Tensor, gates_TK: Tensor, expert_count: int) -> Dispatc
 
 
 def combine(output_AH: Tensor, routed: Dispatch, token_count: int) -> Tensor:
-    """Gate-weighted sum of the rows of each token, ``m_t = sum_e g_te f_te`` [T, H]."""
-    gated_AH = output_AH * routed.gate_A.unsqueeze(-1).to(output_AH.dtype)
+    """Gate-weighted sum of the rows of each token, ``m_t = sum_e g_te f_te`` [T, H].
+
+    Gates may be of higher precision than the outputs; as in the families' own code, the product is rounded and not
+    they.
+    """
+    gated_AH = (output_AH * routed.gate_A.unsqueeze(-1)).to(output_AH.dtype)
     mixed_TH = output_AH.new_zeros(token_count, output_AH.shape[1])
     return mixed_TH.index_add_(0, routed.token_A, gated_AH)

@@ -48,12 +48,23 @@ class ModelSource:
 
     @property
     def placement(self) -> torch.device:
-        """``device``, where "auto" is the GPU when there is one. Raises InputError for a GPU that is not there."""
+        """``device``, where "auto" is the GPU when there is one. Raises InputError for what is not there."""
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise InputError(f"model.device={self.device}, but no GPU is available.", change="Use model.device=auto.")
-        return torch.device(self.device)
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise InputError(
+                f"model.device={self.device} is no device.", possible=("auto", "cpu", "cuda"), given=self.device
+            ) from error
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise InputError(
+                f"model.device={self.device}, but there are {torch.cuda.device_count()} GPUs, counted from 0.",
+                change="Use model.device=auto.",
+            )
+        return device
 
     def folder(self) -> Path:
         """The local folder, downloaded from the hub where needed. Raises InputError or ModelError."""

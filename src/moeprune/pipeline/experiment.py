@@ -52,6 +52,7 @@ class Experiment:
         _ = self.model.placement
         check_compatible(self.scorer, self.allocator, self.surgery)
         self.budget()
+        self.evaluation.check(self.model.tokenizer())
 
     def budget(self) -> Budget:
         """What ``ratio`` leaves on this model; needs its headers only.

@@ -39,7 +39,7 @@ def gather_statistics(cache: StageCache, experiment: Experiment, calibration: Ar
         statistics = collect_statistics(experiment.model.load(), windows, experiment.calibration.batch_size)
         statistics.save(folder / "statistics.safetensors")
 
-    return cache.get("statistics", 2, {"model": experiment.model}, [calibration.key], compute)
+    return cache.get("statistics", 3, {"model": experiment.model}, [calibration.key], compute)
 
 
 def report_calibration(
@@ -159,7 +159,7 @@ def evaluate(cache: StageCache, experiment: Experiment, name: str, model: Artifa
         metrics["bytes"] = vars(count_bytes(model.folder if model else experiment.model.folder()))
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
 
-    return cache.get(f"evaluation/{name}", 1, settings, inputs, compute)
+    return cache.get(f"evaluation/{name}", 2, settings, inputs, compute)
 
 
 def load_model(experiment: Experiment, model: Artifact) -> PreTrainedModel:
