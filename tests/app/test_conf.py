@@ -93,10 +93,10 @@ def test_the_command_of_every_file_works(file):
             assert_works(compose("config", overrides=[*point, *inner]))
 
 
-def test_the_default_is_a_run_that_works_and_the_demo_sweeps_two_models_and_two_methods():
+def test_the_default_is_a_run_that_works_and_the_demo_sweeps_two_models_and_three_methods():
     assert_works(compose("config"))
     demo = compose("config", overrides=["experiment=demo"], return_hydra_config=True)
-    assert len(every_point([f"{key}={value}" for key, value in demo.hydra.sweeper.params.items()])) == 4
+    assert len(every_point([f"{key}={value}" for key, value in demo.hydra.sweeper.params.items()])) == 6
 
 
 def test_a_method_chooses_scorer_and_allocator_and_an_experiment_its_own():

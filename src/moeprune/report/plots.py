@@ -123,7 +123,7 @@ def _point(variant: Variant, unit_bytes: int) -> Point:
 
 
 def _compression(metrics: Metrics) -> str:
-    percent = f"{100 * metrics.ratio:g}%"
+    percent = "no channels removed" if metrics.is_reference else f"{100 * metrics.ratio:g}%"
     return percent if metrics.quantizer == "none" else f"{percent} {metrics.quantizer}"
 
 
