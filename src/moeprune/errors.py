@@ -1,6 +1,6 @@
 """Every error a user can meet: what was asked, what is possible, what to change."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 
 
@@ -52,3 +52,9 @@ def require_positive(settings: object, *names: str) -> None:
         value = getattr(settings, name)
         if value < 1:
             raise InputError(f"{name}={value} is not possible.", change="Use a whole number of at least 1.")
+
+
+def require_choice(setting: str, value: str, choices: Collection[str]) -> None:
+    """Raise InputError with the nearest choices when ``value`` is none of them."""
+    if value not in choices:
+        raise InputError(f"{setting}={value} does not exist.", possible=choices, given=value)

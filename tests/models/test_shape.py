@@ -6,8 +6,17 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    DeepseekV32Config,
+    Glm4MoeConfig,
+    Qwen3MoeConfig,
+)
 
 from moeprune.errors import InputError, ModelError
+from moeprune.models.adapter import moe_layers
 from moeprune.models.shape import (
     ExpertShape,
     embedded_models,
@@ -79,6 +88,53 @@ def test_layers_for_predicting_further_tokens_do_not_count(tiny_checkpoint, expe
 def test_embedded_models_have_a_shape(name):
     shape = read_shape(local_folder(f"embedded:{name}"))
     assert min(shape.layers, shape.experts, shape.width, shape.top_k) > 0
+
+
+# 16 experts, top-2; where there are 8 groups, of 2 neighbours each, one of them is chosen.
+SMALL = {
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 4, "num_hidden_layers": 2,
+    "first_k_dense_replace": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2,
+    "n_routed_experts": 16, "n_shared_experts": 1, "topk_group": 1, "initializer_range": 0.3,
+}  # fmt: skip
+LATENT_ATTENTION = {
+    "q_lora_rank": None, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8,
+}  # fmt: skip
+DEEPSEEK = {**SMALL, **LATENT_ATTENTION}
+QWEN = {"num_experts": 16, **{name: value for name, value in SMALL.items() if name in Qwen3MoeConfig().to_dict()}}
+
+
+@pytest.mark.parametrize(
+    ("config", "unsaid", "expected"),
+    [
+        (DeepseekV2Config(**DEEPSEEK, n_group=8, topk_method="group_limited_greedy"), [], True),
+        (DeepseekV2Config(**DEEPSEEK, n_group=8, topk_method="greedy"), [], False),
+        (DeepseekV2Config(**DEEPSEEK, n_group=8), ["topk_method"], False),
+        (DeepseekV2Config(**DEEPSEEK, n_group=None), [], False),
+        (DeepseekV2Config(**DEEPSEEK, n_group=1, topk_method="group_limited_greedy"), [], False),
+        (DeepseekV3Config(**DEEPSEEK, n_group=8), [], True),
+        (DeepseekV3Config(**DEEPSEEK, n_group=8), ["n_group"], True),
+        (DeepseekV3Config(**DEEPSEEK, n_group=8, topk_method="noaux_tc"), [], True),
+        (DeepseekV3Config(**DEEPSEEK, n_group=8, topk_method="greedy"), [], True),
+        (DeepseekV3Config(**DEEPSEEK, n_group=1), [], False),
+        (DeepseekV32Config(**{**DEEPSEEK, "q_lora_rank": 8}, n_group=8), ["n_group"], True),
+        (Glm4MoeConfig(**SMALL, n_group=8), [], True),
+        (Glm4MoeConfig(**SMALL, n_group=1), [], False),
+        (Glm4MoeConfig(**SMALL), ["n_group"], False),
+        (Qwen3MoeConfig(**QWEN), [], False),
+    ],
+    ids=lambda value: value.model_type if hasattr(value, "model_type") else str(value),
+)
+def test_whether_routers_choose_among_groups_is_read_as_they_do_it(tmp_path, config, unsaid, expected):
+    """What a config leaves out, or says to a family that does not listen, is what the family makes of it."""
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({key: said[key] for key in said if key not in unsaid}))
+    layer = moe_layers(AutoModelForCausalLM.from_pretrained(tmp_path))[0]
+    assert read_shape(tmp_path).routes_by_group == layer.routes_by_group == expected
+    with torch.no_grad():
+        _, _, experts_TK = layer.router(torch.randn(200, 16, generator=torch.Generator().manual_seed(0)))
+    group_TK = experts_TK // 2
+    assert bool((group_TK[:, 0] == group_TK[:, 1]).all()) == expected
 
 
 def test_headers_name_every_tensor_with_its_shape(tiny_checkpoint):

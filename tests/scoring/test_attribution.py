@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moeprune.calibration.recorder import OUTPUT_NORM_EPS
 from moeprune.calibration.statistics import collect_statistics
+from moeprune.errors import InputError
 from moeprune.scoring.attribution import AttributionScorer, attribution_LEC, block_local_loss_L
 from moeprune.scoring.removal import RemovalScorer
 
@@ -151,6 +152,13 @@ def test_channel_removal_at_alpha_is_exact_to_second_order(statistics_and_blocks
             mask_EC[expert, channel] = 0
             changes_EC[expert, channel] = block.loss(mask_EC) - start
         assert_close_to_scale(predicted_LEC[layer], changes_EC)
+
+
+@pytest.mark.parametrize("scorer_type", [AttributionScorer, RemovalScorer])
+@pytest.mark.parametrize("alpha", [-0.1, 0.0, 1.0, 1.5, float("nan")])
+def test_an_alpha_that_scales_by_nothing_or_too_much_is_refused(scorer_type, alpha):
+    with pytest.raises(InputError, match=rf"alpha={alpha} is not possible\.\nUse a number above 0 and below 1"):
+        scorer_type(alpha)
 
 
 def test_attribution_vanishes_for_the_intact_model(statistics_and_blocks):

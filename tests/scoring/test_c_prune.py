@@ -29,6 +29,23 @@ def test_every_count_keeps_so_many_experts(statistics):
     assert scores.channel_LEC is None and not CPruneScorer.scores_channels
 
 
+def test_an_expert_scores_for_how_many_sizes_it_is_kept(statistics):
+    scores = CPruneScorer()(statistics, random_outputs(5))
+    for layer in range(2):
+        sizes = [{e for e in range(8) if scores.subset_LEE[layer, k, e]} for k in range(8)]
+        expected = [float(sum(expert in kept for kept in sizes)) for expert in range(8)]
+        assert scores.expert_LE[layer].tolist() == expected
+    assert scores.expert_LE.dtype == torch.float64
+
+
+def test_clustering_across_layers_changes_the_expert_scores_alone(statistics):
+    outputs = random_outputs(3)
+    inside, across = CPruneScorer()(statistics, outputs), CPruneScorer(across_layers=True)(statistics, outputs)
+    assert torch.equal(inside.subset_LEE, across.subset_LEE)
+    assert torch.equal(inside.layer_L, across.layer_L)
+    assert not torch.equal(inside.expert_LE, across.expert_LE)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_one_group_keeps_one_expert_of_each_ward_cluster(statistics, seed):
     outputs = random_outputs(1, seed=seed)
@@ -70,15 +87,16 @@ def test_the_global_step_retires_copies_before_single_experts(statistics):
     outputs = random_outputs(2)
     sums = outputs.output_sum_LEGH.clone()
     sums[0, 4:] = sums[0, :4] + 1e-3
-    expert_LE = CPruneScorer()(statistics, AllTokens(outputs.tokens_G, sums)).expert_LE
+    expert_LE = CPruneScorer(across_layers=True)(statistics, AllTokens(outputs.tokens_G, sums)).expert_LE
     tokens_E = statistics.routed_tokens_LE[0]
     less_used = {expert if tokens_E[expert] < tokens_E[expert + 4] else expert + 4 for expert in range(4)}
     assert set(expert_LE.flatten().argsort()[:4].tolist()) == less_used
 
 
 def test_the_size_of_a_layers_outputs_does_not_count(statistics):
-    plain = CPruneScorer()(statistics, random_outputs(3))
-    scaled = CPruneScorer()(statistics, random_outputs(3, scale_L=(1.0, 64.0)))
+    scorer = CPruneScorer(across_layers=True)
+    plain = scorer(statistics, random_outputs(3))
+    scaled = scorer(statistics, random_outputs(3, scale_L=(1.0, 64.0)))
     assert torch.equal(plain.subset_LEE, scaled.subset_LEE)
     assert torch.equal(plain.expert_LE, scaled.expert_LE)
 
@@ -91,12 +109,13 @@ def test_a_group_of_padding_only_has_no_vote(statistics):
     assert torch.equal(more.subset_LEE, CPruneScorer()(statistics, outputs).subset_LEE)
 
 
-def test_permuting_experts_permutes_the_choice(statistics):
-    outputs = random_outputs(3)
+@pytest.mark.parametrize("across_layers", [False, True])
+def test_permuting_experts_permutes_the_choice(statistics, across_layers):
+    scorer, outputs = CPruneScorer(across_layers=across_layers), random_outputs(3)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(5))
-    before = CPruneScorer()(statistics, outputs)
+    before = scorer(statistics, outputs)
     permuted = dataclasses.replace(statistics, routed_tokens_LE=statistics.routed_tokens_LE[:, order])
-    after = CPruneScorer()(permuted, AllTokens(outputs.tokens_G, outputs.output_sum_LEGH[:, order]))
+    after = scorer(permuted, AllTokens(outputs.tokens_G, outputs.output_sum_LEGH[:, order]))
     assert torch.equal(after.subset_LEE, before.subset_LEE[:, :, order])
     assert torch.equal(after.expert_LE, before.expert_LE[:, order])
 

@@ -143,10 +143,10 @@ def test_usage_weighs_attribution_by_the_share_of_tokens(seen_and_statistics):
         torch.testing.assert_close(weighted.expert_LE[layer, expert], share * plain.expert_LE[layer, expert])
 
 
-@pytest.mark.parametrize("scorer", [ActivationScorer(0.8), WandaScorer(0.8), FlapScorer(0.8), MagnitudeScorer(0.8)])
+@pytest.mark.parametrize("scorer", [ActivationScorer(), WandaScorer(), FlapScorer(), MagnitudeScorer()])
 def test_metrics_that_do_not_add_up_score_experts_and_layers_by_attribution(seen_statistics, scorer):
     statistics, _ = seen_statistics()
-    attribution, scores = AttributionScorer(0.8)(statistics), scorer(statistics)
+    attribution, scores = AttributionScorer()(statistics), scorer(statistics)
     assert torch.equal(scores.expert_LE, attribution.expert_LE)
     assert torch.equal(scores.layer_L, attribution.layer_L)
 

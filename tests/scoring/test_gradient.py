@@ -79,10 +79,10 @@ def test_every_score_is_its_formula(tiny_model_64, random_windows, seen_layers, 
 
 @pytest.mark.parametrize("scorer_type", [SaliencyScorer, GradientScorer], ids=lambda kind: kind.__name__)
 def test_the_block_local_closed_form_equals_the_backward_pass(tiny_model_64, random_windows, scorer_type):
-    scorer = scorer_type(alpha=0.7)
+    scorer = scorer_type()
     assert scorer.passes == ()
     statistics = collect_statistics(tiny_model_64, random_windows, 5)
-    gradients = LossGradientPass("block_local", 0.7)(tiny_model_64, random_windows, 5)
+    gradients = LossGradientPass("block_local")(tiny_model_64, random_windows, 5)
     assert_close_to_scale(scorer(statistics).channel_LEC, scorer(statistics, gradients).channel_LEC, 1e-10)
 
 
@@ -93,8 +93,8 @@ def test_block_local_first_order_is_attribution(tiny_model_64, random_windows):
     assert_close_to_scale(first.expert_LE, attribution.expert_LE, 1e-10)
 
 
-def scores_of_attribution(model, windows, alpha: float = 0.9) -> Scores:
-    return AttributionScorer(alpha)(collect_statistics(model, windows, 5))
+def scores_of_attribution(model, windows) -> Scores:
+    return AttributionScorer()(collect_statistics(model, windows, 5))
 
 
 @both_losses
@@ -102,8 +102,8 @@ def scores_of_attribution(model, windows, alpha: float = 0.9) -> Scores:
 def test_experts_are_scored_by_attribution_or_by_the_sum_of_their_channels(
     tiny_model_64, random_windows, scorer_type, loss
 ):
-    scores = scores_of(scorer_type(loss, alpha=0.8), tiny_model_64, random_windows)
-    attribution = scores_of_attribution(tiny_model_64, random_windows, 0.8)
+    scores = scores_of(scorer_type(loss), tiny_model_64, random_windows)
+    attribution = scores_of_attribution(tiny_model_64, random_windows)
     if scorer_type in (HeaprScorer, EndToEndScorer):
         assert torch.equal(scores.expert_LE, scores.channel_LEC.sum(dim=-1))
     else:
@@ -129,8 +129,7 @@ def test_permuting_experts_permutes_scores(tiny_model_64, random_windows, scorer
 def test_a_scorer_asks_for_the_pass_that_it_needs():
     assert SnipScorer().passes == (LossGradientPass("block_local", 0.9),)
     assert SaliencyScorer("language_model").passes == (LossGradientPass("language_model"),)
-    # The language-modelling loss has no alpha, so one result serves every alpha.
-    assert HeaprScorer(alpha=0.5).passes == EndToEndScorer(alpha=0.7).passes == GradientScorer("language_model").passes
+    assert HeaprScorer().passes == EndToEndScorer().passes == GradientScorer("language_model").passes
 
 
 @every_scorer

@@ -13,9 +13,9 @@ from moeprune.scoring.released_attribution import ReleasedAttributionScorer
 @pytest.mark.parametrize("usage", [False, True])
 def test_without_ema_and_clipping_it_is_attribution(tiny_model_64, random_windows, usage):
     statistics = collect_statistics(tiny_model_64, random_windows, batch_size=2)
-    scorer = ReleasedAttributionScorer(ema=None, clip_quantile=None, usage=usage, alpha=0.8)
+    scorer = ReleasedAttributionScorer(ema=None, clip_quantile=None, usage=usage)
     scores = scorer(statistics, *(one(tiny_model_64, random_windows, 2) for one in scorer.passes))
-    expected = AttributionScorer(0.8, usage=usage)(statistics)
+    expected = AttributionScorer(usage=usage)(statistics)
     assert_close_to_scale(scores.channel_LEC, expected.channel_LEC, 1e-10)
     assert_close_to_scale(scores.expert_LE, expected.expert_LE, 1e-10)
     assert torch.equal(scores.layer_L, expected.layer_L)

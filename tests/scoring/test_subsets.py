@@ -13,13 +13,13 @@ from moeprune.scoring.subsets import MoeI2Scorer, NaeeScorer
 
 @pytest.mark.parametrize("kind", [NaeeScorer, MoeI2Scorer])
 def test_scores_are_the_subsets_found_and_the_loss_of_each_removal(kind, tiny_model_64, random_windows):
-    scorer = kind(exhaustive_up_to=2, alpha=0.8)
+    scorer = kind(exhaustive_up_to=2)
     statistics = collect_statistics(tiny_model_64, random_windows, batch_size=5)
     (subsets,) = (one(tiny_model_64, random_windows, 5) for one in scorer.passes)
     scores = scorer(statistics, subsets)
     assert torch.equal(scores.subset_LEE, subsets.keep_LEE)
     assert torch.equal(scores.expert_LE, subsets.removal_loss_LE)
-    assert torch.equal(scores.layer_L, block_local_loss_L(statistics, 0.8))
+    assert torch.equal(scores.layer_L, block_local_loss_L(statistics, 0.9))
     assert scores.channel_LEC is None and not scorer.scores_channels
 
 

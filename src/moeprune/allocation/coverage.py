@@ -8,7 +8,6 @@ from torch import Tensor
 
 from moeprune.allocation.alignment import align
 from moeprune.allocation.budget import Budget
-from moeprune.allocation.choices import require_choice
 from moeprune.allocation.covering import cover
 from moeprune.allocation.expert_weights import EXPERT_WEIGHTS, expert_share_LE
 from moeprune.allocation.layer_budgets import LAYER_RULES, layer_budgets
@@ -21,6 +20,7 @@ from moeprune.allocation.selection import (
     take_experts,
 )
 from moeprune.allocation.smoothing import require_smoothing, smoothed_loss
+from moeprune.errors import require_choice
 from moeprune.types import Plan, Scores
 
 REALLOCATIONS = ("most_lost", "most_score")

@@ -10,11 +10,10 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from moeprune.allocation.budget import Budget
-from moeprune.allocation.choices import require_choice
 from moeprune.allocation.expert_weights import require_weights
 from moeprune.allocation.selection import largest, whole_experts_plan
 from moeprune.allocation.whole_experts import best_experts, over_layers_note, per_layer_note, removed_experts
-from moeprune.errors import BudgetError, InputError
+from moeprune.errors import BudgetError, InputError, require_choice
 from moeprune.models.shape import ExpertShape
 from moeprune.types import Merge, Plan, Scores
 

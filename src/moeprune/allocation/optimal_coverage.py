@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from moeprune.allocation.budget import Budget
-from moeprune.allocation.choices import require_choice
 from moeprune.allocation.expert_weights import EXPERT_WEIGHTS, expert_share_LE, expert_weight_LE
 from moeprune.allocation.opening import solve
 from moeprune.allocation.relaxation import BlockProblem, relax
@@ -20,6 +19,7 @@ from moeprune.allocation.selection import (
     take_experts,
 )
 from moeprune.allocation.smoothing import require_smoothing, smoothed_loss
+from moeprune.errors import require_choice
 from moeprune.types import Plan, Scores
 
 LAYER_WEIGHTS = ("loss", "uniform", "none")

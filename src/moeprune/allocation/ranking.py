@@ -8,7 +8,6 @@ from torch import Tensor
 
 from moeprune.allocation.alignment import align
 from moeprune.allocation.budget import Budget
-from moeprune.allocation.choices import require_choice
 from moeprune.allocation.layer_budgets import layer_budgets
 from moeprune.allocation.selection import (
     best_channels_plan,
@@ -18,6 +17,7 @@ from moeprune.allocation.selection import (
     score_order,
     take_experts,
 )
+from moeprune.errors import require_choice
 from moeprune.types import Plan, Scores
 
 SCOPES = ("layer", "model")

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from moeprune.allocation.choices import require_choice
-from moeprune.errors import InputError
+from moeprune.errors import InputError, require_choice
 
 SMOOTHINGS = ("none", "sqrt", "log", "huber", "clip")
 

@@ -2,15 +2,15 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from moeprune.allocation.budget import Budget
-from moeprune.allocation.choices import require_choice
 from moeprune.allocation.layer_budgets import proportional
 from moeprune.allocation.selection import largest, whole_experts_plan
-from moeprune.errors import BudgetError
+from moeprune.errors import BudgetError, require_choice
 from moeprune.models.shape import ExpertShape
 from moeprune.types import Plan, Scores
 
@@ -24,6 +24,8 @@ class WholeExpertsAllocator:
     Where the scorer chose experts together (``scores.subset_LEE``), the subset of that size stays instead. Raises
     BudgetError when fewer than top-k experts would stay.
     """
+
+    removes_whole_experts: ClassVar[bool] = True
 
     def check(self, budget: Budget) -> int:
         """How many experts of each layer go. Raises BudgetError when too few would stay."""
@@ -57,6 +59,7 @@ class GlobalWholeExpertsAllocator:
     """
 
     normalization: str = "none"
+    removes_whole_experts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_choice("normalization", self.normalization, NORMALIZATIONS)
@@ -91,6 +94,8 @@ class ImportanceWholeExpertsAllocator:
 
     Raises BudgetError when layers could not keep top-k each.
     """
+
+    removes_whole_experts: ClassVar[bool] = True
 
     def check(self, budget: Budget) -> int:
         """How many experts go. Raises BudgetError when layers could not keep top-k each."""

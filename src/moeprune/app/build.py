@@ -6,7 +6,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args
 
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig
 
 from moeprune.app.check import asked_ratio
@@ -75,20 +75,24 @@ def _build(group: str, config: DictConfig) -> Any:
         cause = error.__cause__
         if isinstance(cause, MoepruneError):
             raise cause from None
+        if isinstance(cause, TypeError):  # perhaps from a plug-in that checks a setting of the wrong kind itself
+            _require_plain_types(group, get_object(config["_target_"]), config)
         reason = " ".join(line for each in _causes(error) for line in str(each).splitlines()[:1])
         raise InputError(
             f"{group} cannot be built from _target_ {config.get('_target_')}: {reason}",
             change=f"Check the settings of {group}; an own plug-in must be importable (installed, or on PYTHONPATH).",
         ) from error
-    _require_plain_types(group, plug_in)
+    _require_plain_types(group, plug_in, config)
     return plug_in
 
 
-def _require_plain_types(group: str, plug_in: Any) -> None:
+def _require_plain_types(group: str, plug_in: Any, config: DictConfig) -> None:
     """Raise InputError for a setting of the wrong kind; a word where true or false belongs would count as true."""
     for setting in fields(plug_in) if is_dataclass(plug_in) else ():
+        if setting.name not in config:
+            continue
         kinds = get_args(setting.type) if isinstance(setting.type, UnionType) else (setting.type,)
-        value = getattr(plug_in, setting.name)
+        value = config[setting.name]
         if VALUES_OF.keys() >= set(kinds) and not any(type(value) in VALUES_OF[kind] for kind in kinds):
             expected = " or ".join(kind.__name__ for kind in kinds if kind is not NoneType)
             change = "Use true or false." if bool in kinds else "Give a value of that type."

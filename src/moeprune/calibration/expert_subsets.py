@@ -62,6 +62,7 @@ class ExpertSubsetPass:
 
     stage: ClassVar[str] = "expert_subsets"
     version: ClassVar[int] = 1
+    needs_removable_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_positive(self, "tokens")

@@ -16,11 +16,12 @@ from moeprune.calibration.expert_gradients import (
 from moeprune.calibration.recorder import at_least_float32
 from moeprune.calibration.tensor_files import load_fields, save_fields
 from moeprune.calibration.windows import TokenWindows
-from moeprune.errors import InputError
+from moeprune.errors import require_choice
 from moeprune.models.adapter import moe_layers
 
 BLOCK_LOCAL = "block_local"
 LANGUAGE_MODEL = "language_model"
+LOSSES = (BLOCK_LOCAL, LANGUAGE_MODEL)
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,12 @@ class LossGradientPass:
     version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        require_known_loss(self.loss)
+        require_choice("loss", self.loss, LOSSES)
+
+    @property
+    def refuses_float16(self) -> bool:
+        """Whether `block_local_gradients` gives the sums."""
+        return self.loss == BLOCK_LOCAL
 
     def __call__(self, model: PreTrainedModel, windows: TokenWindows, batch_size: int) -> LossGradients:
         sums = [_LayerSums(layer.experts) for layer in moe_layers(model)]
@@ -83,12 +89,6 @@ class LossGradientPass:
 
     def load(self, path: Path) -> LossGradients:
         return load_fields(LossGradients, path)
-
-
-def require_known_loss(loss: str) -> None:
-    """Raise InputError unless the loss is one of the two."""
-    if loss not in (BLOCK_LOCAL, LANGUAGE_MODEL):
-        raise InputError(f"loss={loss} is not possible.", possible=(BLOCK_LOCAL, LANGUAGE_MODEL), given=loss)
 
 
 class _LayerSums:

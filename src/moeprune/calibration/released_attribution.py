@@ -48,6 +48,7 @@ class ReleasedAttributionPass:
 
     stage: ClassVar[str] = "released_attribution"
     version: ClassVar[int] = 2
+    refuses_float16: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.ema is not None and not 0 <= self.ema < 1:

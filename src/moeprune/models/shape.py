@@ -18,17 +18,23 @@ _ROUTED = re.compile(
     r".*\.layers\.\d+\..*\bexperts\.(?:\d+\.(?:gate_proj|up_proj|down_proj|w[123])\.\w+|(?:gate_up_proj|down_proj)\w*)$"
 )
 _FUSED_DOWN = re.compile(r"(?P<layer>.*\.layers\.\d+\..*experts)\.down_proj$")
+# The groups that transformers' config class of these DeepSeek families takes where config.json names none.
+_UNSAID_GROUPS = {"deepseek_v3": 8, "deepseek_v32": 8}
 _IN_LAYER = re.compile(r"(?P<stack>.*)\.layers\.(?P<index>\d+)\.")
 
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """MoE layers, routed experts per layer, channels per expert, and experts per token."""
+    """MoE layers, routed experts per layer, channels per expert, and experts per token.
+
+    ``routes_by_group``: routers first choose among groups of neighbouring experts, so they cannot lose rows.
+    """
 
     layers: int
     experts: int
     width: int
     top_k: int
+    routes_by_group: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def local_folder(path: str) -> Path | None:
 
 
 def read_shape(folder: Path) -> ExpertShape:
-    """The experts' shape from the safetensors headers and the config's experts per token.
+    """The experts' shape from the safetensors headers and the config's experts per token and groups of experts.
 
     Raises ModelError when the checkpoint is incomplete, damaged, or has no routed experts of one shape.
     """
@@ -94,7 +100,17 @@ def read_shape(folder: Path) -> ExpertShape:
             f"one width, and num_experts_per_tok in config.json. Found: {len(experts_of)} layers with experts, widths "
             f"{sorted(widths)}, num_experts_per_tok {top_k}.\nUse a Qwen-MoE or DeepSeek checkpoint that is not pruned."
         )
-    return ExpertShape(len(experts_of), next(iter(experts_of.values())), widths.pop(), top_k)
+    experts = next(iter(experts_of.values()))
+    return ExpertShape(len(experts_of), experts, widths.pop(), top_k, _routes_by_group(config))
+
+
+def _routes_by_group(config: dict) -> bool:
+    """What `MoeLayer.routes_by_group` will say of the loaded model."""
+    family = str(config.get("model_type"))
+    if family == "deepseek_v2" and config.get("topk_method", "greedy") == "greedy":
+        return False  # this family alone listens to topk_method
+    groups = config.get("n_group", _UNSAID_GROUPS.get(family))
+    return isinstance(groups, int) and groups > 1
 
 
 def read_sizes(folder: Path) -> ModelSizes:

@@ -11,9 +11,9 @@ from moeprune.calibration.sample import Calibration
 from moeprune.calibration.statistics import Statistics
 from moeprune.calibration.windows import TokenWindows
 from moeprune.evaluation.evaluate import Evaluation
-from moeprune.models.shape import read_shape
+from moeprune.models.shape import ExpertShape, read_shape
 from moeprune.models.source import ModelSource
-from moeprune.pipeline.compatibility import check_compatible
+from moeprune.pipeline.compatibility import check_compatible, check_passes, check_router_rows
 from moeprune.surgery.cut import Cut
 from moeprune.types import Plan, Scores
 
@@ -51,7 +51,9 @@ class Experiment:
         """Raise InputError, BudgetError or ModelError for what is bound to fail, before anything is computed."""
         _ = self.model.placement
         check_compatible(self.scorer, self.allocator, self.surgery)
-        self.budget()
+        shape = self._shape()
+        check_passes(self.passes, shape, self.model.computation_dtype)
+        check_router_rows(self.allocator, self.surgery, shape, self.budget())
         self.evaluation.check(self.model.tokenizer())
 
     def budget(self) -> Budget:
@@ -60,8 +62,11 @@ class Experiment:
         Raises InputError or BudgetError for a request that the model or the allocator cannot meet.
         """
         limits = {"alignment": self.model.alignment, "minimum_width": self.model.minimum_width}
-        budget = Budget.for_model(read_shape(self.model.folder()), ratio=self.ratio, **limits)
+        budget = Budget.for_model(self._shape(), ratio=self.ratio, **limits)
         check = getattr(self.allocator, "check", None)
         if check is not None:
             check(budget)
         return budget
+
+    def _shape(self) -> ExpertShape:
+        return read_shape(self.model.folder())

@@ -17,13 +17,11 @@ class ActivationScorer:
         (RMS_t h_tec + RMS_t gate_tec + RMS_t up_tec) / 3          [L, E, C]
 
     with the gate and up pre-activations (the default channel metric of arXiv 2606.18304). Channels of different
-    experts are made comparable by coverage, not by this score. Experts and layers are scored by attribution at
-    ``alpha``, as in the paper. An expert that no calibration token reached scores 0.
+    experts are made comparable by coverage, not by this score. Experts are scored by attribution
+    and layers by loss, as in the paper. An expert that no calibration token reached scores 0.
     """
-
-    alpha: float = 0.9
 
     def __call__(self, statistics: Statistics) -> Scores:
         sq_sums = statistics.channel_sq_sum_LEC, statistics.gate_sq_sum_LEC, statistics.up_sq_sum_LEC
         root_mean_squares = [per_routed_token(sq_sum_LEC, statistics).sqrt() for sq_sum_LEC in sq_sums]
-        return scores_by_attribution(torch.stack(root_mean_squares).mean(dim=0), statistics, self.alpha)
+        return scores_by_attribution(torch.stack(root_mean_squares).mean(dim=0), statistics)

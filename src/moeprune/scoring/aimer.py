@@ -17,10 +17,9 @@ class AimerScorer:
     The paper removes the experts with the largest ratio of absolute mean over root mean square. The ratio is at most 1,
     so one minus it ranks the same, is never negative, and can be compared and normalised like other scores. The three
     matrices are read as one vector, not as the mean of three ratios. An expert whose weights are all 0 scores 0.
-    Channels get no score; the layers' loss at ``alpha`` is the only thing that needs data.
+    Channels get no score; the layers' loss is the only thing that needs data.
     """
 
-    alpha: float = 0.9
     scores_channels: ClassVar[bool] = False
 
     def __call__(self, statistics: Statistics) -> Scores:
@@ -36,4 +35,4 @@ class AimerScorer:
         mean_LE = absolute_LEC.sum(dim=-1) / (3 * width * hidden)
         root_mean_square_LE = (square_LEC.sum(dim=-1) / (3 * width * hidden)).sqrt()
         ratio_LE = (mean_LE / root_mean_square_LE).where(root_mean_square_LE > 0, 1.0)
-        return Scores(None, 1 - ratio_LE, block_local_loss_L(statistics, self.alpha))
+        return Scores(None, 1 - ratio_LE, block_local_loss_L(statistics))

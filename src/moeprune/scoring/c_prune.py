@@ -31,16 +31,19 @@ class CPruneScorer:
     its own). Of experts equally near, as both of a pair are, the one with more routed tokens is elected. Equal votes
     are decided by routed tokens, then by index.
 
-    The layer step is ``subset_LEE``, used where every layer keeps equally many (`whole_experts`). The global step
-    clusters the experts of all layers, each layer's features divided by their mean norm. With one cluster per expert,
-    all are elected; ``expert_LE`` is how many merges happen until the expert no longer is, a mean
-    over groups. It counts where experts are ranked over all layers (`whole_experts_global`): equal budgets per layer
-    cannot express it, and the two steps are not taken one after the other. Cost: Ward's linkage of L * E experts for
-    each of ``groups`` groups, quadratic in L * E.
+    The layer step is ``subset_LEE``, used where every layer keeps equally many (`whole_experts`). ``expert_LE`` is
+    for how many sizes the expert is in it.
+
+    With ``across_layers``, ``expert_LE`` comes from the global step instead, which clusters the experts of all layers,
+    each layer's features divided by their mean norm. With one cluster per expert, all are elected; the score is how
+    many merges happen until the expert no longer is, a mean over groups. It counts where experts are ranked over all
+    layers (`whole_experts_global`): equal budgets per layer cannot express it, and the two steps are not taken one
+    after the other. Cost: Ward's linkage of L * E experts for each of ``groups`` groups, quadratic in L * E; minutes
+    for some thousands of experts.
     """
 
     groups: int = 10
-    alpha: float = 0.9
+    across_layers: bool = False
 
     scores_channels: ClassVar[bool] = False
 
@@ -58,11 +61,8 @@ class CPruneScorer:
         tokens_LE = statistics.routed_tokens_LE
         layers = zip(mean_GLEH.unbind(dim=1), tokens_LE, strict=True)
         subset_LEE = torch.stack([_most_votes_EE(mean_GEH, tokens_E) for mean_GEH, tokens_E in layers])
-        norm_GL11 = mean_GLEH.norm(dim=3).mean(dim=2)[..., None, None]
-        scaled_GNH = (mean_GLEH / norm_GL11.clamp(min=torch.finfo(torch.float64).tiny)).flatten(1, 2)
-        merges_GN = torch.stack([_merges_survived_N(scaled_NH, tokens_LE.flatten()) for scaled_NH in scaled_GNH])
-        expert_LE = merges_GN.mean(dim=0).reshape(tokens_LE.shape)
-        return Scores(None, expert_LE, block_local_loss_L(statistics, self.alpha), subset_LEE=subset_LEE)
+        expert_LE = _global_score_LE(mean_GLEH, tokens_LE) if self.across_layers else subset_LEE.sum(dim=1).double()
+        return Scores(None, expert_LE, block_local_loss_L(statistics), subset_LEE=subset_LEE)
 
 
 def _most_votes_EE(features_GEH: Tensor, tokens_E: Tensor) -> Tensor:
@@ -74,6 +74,14 @@ def _most_votes_EE(features_GEH: Tensor, tokens_E: Tensor) -> Tensor:
         order_E = np.lexsort((-tokens_E, -votes_E))
         chosen_EE[row, order_E[: row + 1].tolist()] = True
     return chosen_EE
+
+
+def _global_score_LE(mean_GLEH: Tensor, tokens_LE: Tensor) -> Tensor:
+    """The merges of the experts of all layers that each expert survives, a mean over groups."""
+    norm_GL11 = mean_GLEH.norm(dim=3).mean(dim=2)[..., None, None]
+    scaled_GNH = (mean_GLEH / norm_GL11.clamp(min=torch.finfo(torch.float64).tiny)).flatten(1, 2)
+    merges_GN = torch.stack([_merges_survived_N(scaled_NH, tokens_LE.flatten()) for scaled_NH in scaled_GNH])
+    return merges_GN.mean(dim=0).reshape(tokens_LE.shape)
 
 
 def _merges_survived_N(features_NH: Tensor, tokens_N: Tensor) -> Tensor:

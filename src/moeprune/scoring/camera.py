@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from moeprune.calibration.statistics import Statistics
 from moeprune.errors import InputError
-from moeprune.scoring.attribution import block_local_loss_L
+from moeprune.scoring.attribution import scores_by_sum
 from moeprune.types import Scores
 
 
@@ -22,7 +22,6 @@ class CameraScorer:
     Raises InputError for a ``peak_weight`` outside 0 to 1.
     """
 
-    alpha: float = 0.9
     peak_weight: float = 0.9
 
     def __post_init__(self) -> None:
@@ -33,4 +32,4 @@ class CameraScorer:
         total_LEC, largest_LEC = statistics.gated_channel_sq_sum_LEC, statistics.gated_channel_sq_max_LEC
         mixed_LEC = (1 - self.peak_weight) * total_LEC + self.peak_weight * largest_LEC
         channel_LEC = statistics.down_column_norm_LEC.square() * mixed_LEC
-        return Scores(channel_LEC, channel_LEC.sum(dim=-1), block_local_loss_L(statistics, self.alpha))
+        return scores_by_sum(channel_LEC, statistics)

@@ -24,7 +24,6 @@ class ExpertOutputScorer:
     gated: bool
     squared: bool
     per_token: bool
-    alpha: float = 0.9
     scores_channels: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -41,7 +40,7 @@ class ExpertOutputScorer:
             expert_LE = statistics.output_sq_norm_sum_LE if self.squared else statistics.output_norm_sum_LE
         if self.per_token:
             expert_LE = per_routed_token(expert_LE, statistics)
-        return Scores(None, expert_LE, block_local_loss_L(statistics, self.alpha))
+        return Scores(None, expert_LE, block_local_loss_L(statistics))
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,10 @@ class EasyEpScorer:
     them, y - m, so that attention and shared experts count on both sides. Channels get no score.
     """
 
-    alpha: float = 0.9
     scores_channels: ClassVar[bool] = False
 
     def __call__(self, statistics: Statistics) -> Scores:
-        return Scores(None, statistics.changed_output_norm_sum_LE, block_local_loss_L(statistics, self.alpha))
+        return Scores(None, statistics.changed_output_norm_sum_LE, block_local_loss_L(statistics))
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,6 @@ class MoneScorer:
     """
 
     over_routed_tokens: bool = False
-    alpha: float = 0.9
     scores_channels: ClassVar[bool] = False
 
     def __call__(self, statistics: Statistics) -> Scores:
@@ -85,4 +82,4 @@ class MoneScorer:
             per_routed_token(gates_LE, statistics) if self.over_routed_tokens else gates_LE / statistics.tokens
         )
         expert_LE = variance_LEH.sum(dim=-1).sqrt() * frequency_LE
-        return Scores(None, expert_LE, block_local_loss_L(statistics, self.alpha))
+        return Scores(None, expert_LE, block_local_loss_L(statistics))

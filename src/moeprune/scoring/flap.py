@@ -18,12 +18,10 @@ class FlapScorer:
     authors' code. FLAP ranks z over all layers. Coverage needs scores of at least 0, so the smallest z of all layers is
     subtracted from every one, which leaves that ranking as it is. FLAP was made for dense models: a layer's down
     projection is one matrix there, and here the layer's experts are taken together. In a layer where all channels
-    fluctuate alike z is 0. Meant to go with ``surgery=bias``, which adds the removed channels' mean back. Experts and
-    layers are scored by attribution at ``alpha``. Of an expert that no calibration token reached the channels have the
-    least score of their layer.
+    fluctuate alike z is 0. Meant to go with ``surgery=constant``, which adds the removed channels' mean back and
+    leaves the router alone. Experts are scored by attribution, layers by loss. Of an expert that no calibration token
+    reached the channels have the least score of their layer.
     """
-
-    alpha: float = 0.9
 
     def __call__(self, statistics: Statistics) -> Scores:
         variance_LEC = variance_over_routed_tokens(
@@ -33,4 +31,4 @@ class FlapScorer:
         deviation_LEC = fluctuation_LEC - fluctuation_LEC.mean(dim=(1, 2), keepdim=True)
         spread_L11 = fluctuation_LEC.std(dim=(1, 2), keepdim=True)
         standardised_LEC = (deviation_LEC / spread_L11).where(spread_L11 > 0, 0.0)
-        return scores_by_attribution(standardised_LEC - standardised_LEC.min(), statistics, self.alpha)
+        return scores_by_attribution(standardised_LEC - standardised_LEC.min(), statistics)

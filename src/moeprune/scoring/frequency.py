@@ -12,11 +12,10 @@ from moeprune.types import Scores
 class FrequencyScorer:
     """Experts by N_e, the calibration tokens routed to them [L, E]; the common baseline. Channels get no score."""
 
-    alpha: float = 0.9
     scores_channels: ClassVar[bool] = False
 
     def __call__(self, statistics: Statistics) -> Scores:
-        return Scores(None, statistics.routed_tokens_LE, block_local_loss_L(statistics, self.alpha))
+        return Scores(None, statistics.routed_tokens_LE, block_local_loss_L(statistics))
 
 
 @dataclass(frozen=True)
@@ -27,11 +26,10 @@ class SoftCountScorer:
     renormalises, every token counts as one in all. Channels get no score.
     """
 
-    alpha: float = 0.9
     scores_channels: ClassVar[bool] = False
 
     def __call__(self, statistics: Statistics) -> Scores:
-        return Scores(None, statistics.gate_sum_LE, block_local_loss_L(statistics, self.alpha))
+        return Scores(None, statistics.gate_sum_LE, block_local_loss_L(statistics))
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,7 @@ class RouterScoreScorer:
     tokens that nearly reached an expert. Channels get no score.
     """
 
-    alpha: float = 0.9
     scores_channels: ClassVar[bool] = False
 
     def __call__(self, statistics: Statistics) -> Scores:
-        return Scores(None, statistics.probability_sum_LE, block_local_loss_L(statistics, self.alpha))
+        return Scores(None, statistics.probability_sum_LE, block_local_loss_L(statistics))

@@ -1,26 +1,24 @@
 """Scorers that use the gradient of a loss with respect to channels: block-local, or of the whole language model.
 
-Throughout ``d = dLoss/dh`` of one token. With the block-local loss of arXiv 2606.18304 at alpha it is, in closed form,
+Throughout ``d = dLoss/dh`` of one token. With the block-local loss of arXiv 2606.18304 it is, in closed form,
 
-    d_tec = 2 alpha (alpha - 1) q_t g_te <w_ec, m_t>
+    d_tec = 2 alpha (alpha - 1) q_t g_te <w_ec, m_t>,          alpha = 0.9
 
 so what needs only h and d comes from the statistics, without a backward pass; the pass gives the same (tested).
 """
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from moeprune.calibration.loss_gradients import (
     BLOCK_LOCAL,
     LANGUAGE_MODEL,
+    LOSSES,
     LossGradientPass,
     LossGradients,
-    require_known_loss,
 )
 from moeprune.calibration.statistics import Statistics
-from moeprune.errors import InputError
-from moeprune.scoring.attribution import block_local_loss_L, scores_by_attribution
+from moeprune.errors import require_choice
+from moeprune.scoring.attribution import ALPHA, scores_by_attribution, scores_by_sum
 from moeprune.scoring.per_token import per_routed_token
 from moeprune.types import Scores
 
@@ -33,14 +31,13 @@ class SaliencyScorer:
     """Channels by ``mean_t |h_tec d_tec|`` over the tokens routed to the expert [L, E, C] (listed in 2606.18304).
 
     ``loss``: ``block_local`` (in closed form, no backward pass) or ``language_model``. Experts are scored by
-    attribution at ``alpha``. An expert that no token reached scores 0. Raises InputError for another loss.
+    attribution. An expert that no token reached scores 0. Raises InputError for another loss.
     """
 
     loss: str = BLOCK_LOCAL
-    alpha: float = 0.9
 
     def __post_init__(self) -> None:
-        require_known_loss(self.loss)
+        require_choice("loss", self.loss, LOSSES)
 
     @property
     def passes(self) -> tuple[LossGradientPass, ...]:
@@ -50,8 +47,8 @@ class SaliencyScorer:
         if gradients:
             abs_sum_LEC = gradients[0].contribution_abs_sum_LEC
         else:
-            abs_sum_LEC = 2 * self.alpha * (1 - self.alpha) * statistics.saliency_sum_LEC
-        return scores_by_attribution(per_routed_token(abs_sum_LEC, statistics), statistics, self.alpha)
+            abs_sum_LEC = 2 * ALPHA * (1 - ALPHA) * statistics.saliency_sum_LEC
+        return scores_by_attribution(per_routed_token(abs_sum_LEC, statistics), statistics)
 
 
 @dataclass(frozen=True)
@@ -59,14 +56,13 @@ class GradientScorer:
     """Channels by ``sqrt(mean_t d_tec^2)`` over the tokens routed to the expert [L, E, C] (listed in 2606.18304).
 
     ``loss``: ``block_local`` (in closed form, no backward pass) or ``language_model``. Experts are scored by
-    attribution at ``alpha``. An expert that no token reached scores 0. Raises InputError for another loss.
+    attribution. An expert that no token reached scores 0. Raises InputError for another loss.
     """
 
     loss: str = BLOCK_LOCAL
-    alpha: float = 0.9
 
     def __post_init__(self) -> None:
-        require_known_loss(self.loss)
+        require_choice("loss", self.loss, LOSSES)
 
     @property
     def passes(self) -> tuple[LossGradientPass, ...]:
@@ -76,8 +72,8 @@ class GradientScorer:
         if gradients:
             sq_sum_LEC = gradients[0].gradient_sq_sum_LEC
         else:
-            sq_sum_LEC = (2 * self.alpha * (1 - self.alpha)) ** 2 * statistics.gradient_sq_sum_LEC
-        return scores_by_attribution(per_routed_token(sq_sum_LEC, statistics).sqrt(), statistics, self.alpha)
+            sq_sum_LEC = (2 * ALPHA * (1 - ALPHA)) ** 2 * statistics.gradient_sq_sum_LEC
+        return scores_by_attribution(per_routed_token(sq_sum_LEC, statistics).sqrt(), statistics)
 
 
 @dataclass(frozen=True)
@@ -88,21 +84,20 @@ class SnipScorer:
 
     SNIP takes the absolute value of one batch's gradient; over several batches we add the absolute values, so the
     scores depend on the batch size (see `LossGradients`). ``loss``: ``block_local`` (through the experts only) or
-    ``language_model``. Experts are scored by attribution at ``alpha``. Raises InputError for another loss.
+    ``language_model``. Experts are scored by attribution. Raises InputError for another loss.
     """
 
     loss: str = BLOCK_LOCAL
-    alpha: float = 0.9
 
     def __post_init__(self) -> None:
-        require_known_loss(self.loss)
+        require_choice("loss", self.loss, LOSSES)
 
     @property
     def passes(self) -> tuple[LossGradientPass, ...]:
-        return (_pass(self.loss, self.alpha),)
+        return (LossGradientPass(self.loss),)
 
     def __call__(self, statistics: Statistics, gradients: LossGradients) -> Scores:
-        return scores_by_attribution(gradients.weight_saliency_sum_LEC, statistics, self.alpha)
+        return scores_by_attribution(gradients.weight_saliency_sum_LEC, statistics)
 
 
 @dataclass(frozen=True)
@@ -120,19 +115,18 @@ class HeaprScorer:
     """
 
     loss: str = LANGUAGE_MODEL
-    alpha: float = 0.9
 
     def __post_init__(self) -> None:
-        require_known_loss(self.loss)
+        require_choice("loss", self.loss, LOSSES)
 
     @property
     def passes(self) -> tuple[LossGradientPass, ...]:
-        return (_pass(self.loss, self.alpha),)
+        return (LossGradientPass(self.loss),)
 
     def __call__(self, statistics: Statistics, gradients: LossGradients) -> Scores:
         h_sq_LEC = per_routed_token(statistics.channel_sq_sum_LEC, statistics)
         channel_LEC = h_sq_LEC * per_routed_token(gradients.gradient_sq_sum_LEC, statistics) / 2
-        return _scores_by_sum(channel_LEC, statistics, self.alpha)
+        return scores_by_sum(channel_LEC, statistics)
 
 
 @dataclass(frozen=True)
@@ -151,31 +145,19 @@ class EndToEndScorer:
 
     loss: str = LANGUAGE_MODEL
     order: str = FIRST_ORDER
-    alpha: float = 0.9
 
     def __post_init__(self) -> None:
-        require_known_loss(self.loss)
-        if self.order not in (FIRST_ORDER, FISHER):
-            raise InputError(f"order={self.order} is not possible.", possible=(FIRST_ORDER, FISHER), given=self.order)
+        require_choice("loss", self.loss, LOSSES)
+        require_choice("order", self.order, (FIRST_ORDER, FISHER))
 
     @property
     def passes(self) -> tuple[LossGradientPass, ...]:
-        return (_pass(self.loss, self.alpha),)
+        return (LossGradientPass(self.loss),)
 
     def __call__(self, statistics: Statistics, gradients: LossGradients) -> Scores:
         if self.order == FIRST_ORDER:
-            return _scores_by_sum(-gradients.contribution_sum_LEC, statistics, self.alpha)
-        return _scores_by_sum(gradients.contribution_sq_sum_LEC / 2, statistics, self.alpha)
-
-
-def _scores_by_sum(channel_LEC: Tensor, statistics: Statistics, alpha: float) -> Scores:
-    """Scores of a channel metric that is a loss: an expert's is the sum of its channels'."""
-    return Scores(channel_LEC, channel_LEC.sum(dim=-1), block_local_loss_L(statistics, alpha))
-
-
-def _pass(loss: str, alpha: float) -> LossGradientPass:
-    # The language-modelling loss knows no alpha: one result for every alpha of a scorer.
-    return LossGradientPass(loss, alpha) if loss == BLOCK_LOCAL else LossGradientPass(loss)
+            return scores_by_sum(-gradients.contribution_sum_LEC, statistics)
+        return scores_by_sum(gradients.contribution_sq_sum_LEC / 2, statistics)
 
 
 def _pass_unless_closed_form(loss: str) -> tuple[LossGradientPass, ...]:

@@ -13,12 +13,10 @@ from moeprune.types import Scores
 class MagnitudeScorer:
     """Channels by the mean of the L2 norms of their gate row, up row and down column [L, E, C].
 
-    The control for channel metrics in arXiv 2606.18304. Only the channel scores do without data: experts and layers are
-    scored by attribution at ``alpha``.
+    The control for channel metrics in arXiv 2606.18304. Only the channel scores do without data: experts are scored
+    by attribution, layers by loss.
     """
-
-    alpha: float = 0.9
 
     def __call__(self, statistics: Statistics) -> Scores:
         norms = [statistics.gate_row_norm_LEC, statistics.up_row_norm_LEC, statistics.down_column_norm_LEC]
-        return scores_by_attribution(torch.stack(norms).mean(dim=0), statistics, self.alpha)
+        return scores_by_attribution(torch.stack(norms).mean(dim=0), statistics)

@@ -21,8 +21,6 @@ class HcSmoeScorer:
     groups are merged. Goes with ``allocator=merge_linkage``.
     """
 
-    alpha: float = 0.9
-
     scores_channels: ClassVar[bool] = False
     gives_distances: ClassVar[bool] = True
     # The default groups: where C-Prune ran, the pass is there already.
@@ -32,7 +30,7 @@ class HcSmoeScorer:
         mean_LEH = all_tokens.mean_output_LEH
         # Squared norms and products would cancel between experts that are nearly alike.
         distance_LEE = torch.cdist(mean_LEH, mean_LEH, compute_mode="donot_use_mm_for_euclid_dist")
-        layer_L = block_local_loss_L(statistics, self.alpha)
+        layer_L = block_local_loss_L(statistics)
         return Scores(None, statistics.routed_tokens_LE, layer_L, distance_LEE=distance_LEE)
 
 
@@ -47,8 +45,6 @@ class MSmoeScorer:
     used ones lead groups. The statistics suffice. Goes with ``allocator=merge_dominant``.
     """
 
-    alpha: float = 0.9
-
     scores_channels: ClassVar[bool] = False
     gives_distances: ClassVar[bool] = True
 
@@ -59,5 +55,5 @@ class MSmoeScorer:
         cosine_LEE = torch.where(norms_LEE > 0, product_LEE / norms_LEE.clamp(min=torch.finfo(torch.float64).tiny), 0)
         distance_LEE = 1 - cosine_LEE.clamp(-1, 1)
         distance_LEE.diagonal(dim1=1, dim2=2).zero_()
-        layer_L = block_local_loss_L(statistics, self.alpha)
+        layer_L = block_local_loss_L(statistics)
         return Scores(None, statistics.routed_tokens_LE, layer_L, distance_LEE=distance_LEE)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from moeprune.calibration.released_attribution import ReleasedAttribution, ReleasedAttributionPass
 from moeprune.calibration.statistics import Statistics
-from moeprune.scoring.attribution import block_local_loss_L
+from moeprune.scoring.attribution import scores_by_sum
 from moeprune.types import Scores
 
 
@@ -21,17 +21,16 @@ class ReleasedAttributionScorer:
     ema: float | None = 0.9
     clip_quantile: float | None = 0.99
     usage: bool = True
-    alpha: float = 0.9
 
     def __post_init__(self) -> None:
         _ = self.passes  # refuses impossible settings before a model is loaded
 
     @property
     def passes(self) -> tuple[ReleasedAttributionPass, ...]:
-        return (ReleasedAttributionPass(self.ema, self.clip_quantile, self.alpha),)
+        return (ReleasedAttributionPass(self.ema, self.clip_quantile),)
 
     def __call__(self, statistics: Statistics, attribution: ReleasedAttribution) -> Scores:
         channel_LEC = attribution.attribution_LEC
         if self.usage:
             channel_LEC = channel_LEC * (statistics.routed_tokens_LE / statistics.tokens).unsqueeze(-1)
-        return Scores(channel_LEC, channel_LEC.sum(dim=-1), block_local_loss_L(statistics, self.alpha))
+        return scores_by_sum(channel_LEC, statistics)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from moeprune.calibration.statistics import Statistics
-from moeprune.scoring.attribution import attribution_LEC, block_local_loss_L
+from moeprune.scoring.attribution import ALPHA, attribution_LEC, block_local_loss_L, require_alpha
 from moeprune.types import Scores
 
 
@@ -23,11 +23,15 @@ class RemovalScorer:
     R_e is not the sum of its R_ec: channels of an expert add up before they are squared. The paper reports 17 times the
     time of its first order for its second; these closed forms need the forward pass of the statistics only. Where the
     router row of a removed expert goes too, its tokens reroute and the true loss differs. Scores from the scaled model
-    may be negative: such a channel works against the routed output.
+    may be negative: such a channel works against the routed output. Raises InputError unless alpha is above 0 and
+    below 1.
     """
 
-    alpha: float = 0.9
+    alpha: float = ALPHA
     intact: bool = True
+
+    def __post_init__(self) -> None:
+        require_alpha(self.alpha)
 
     def __call__(self, statistics: Statistics) -> Scores:
         channel_LEC = statistics.removal_sum_LEC * statistics.down_column_norm_LEC.square()

@@ -24,7 +24,6 @@ class NaeeScorer:
     tokens: int = 2048
     exhaustive_up_to: int = 8
     seed: int = 0
-    alpha: float = 0.9
 
     scores_channels: ClassVar[bool] = False
 
@@ -36,7 +35,7 @@ class NaeeScorer:
         return (ExpertSubsetPass(self.tokens, self.exhaustive_up_to, self.seed),)
 
     def __call__(self, statistics: Statistics, subsets: ExpertSubsets) -> Scores:
-        return _subset_scores(statistics, subsets, self.alpha)
+        return _subset_scores(statistics, subsets)
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,6 @@ class MoeI2Scorer:
     population: int = 24
     generations: int = 16
     seed: int = 0
-    alpha: float = 0.9
 
     scores_channels: ClassVar[bool] = False
 
@@ -71,9 +69,9 @@ class MoeI2Scorer:
         return (ExpertSubsetPass(self.tokens, self.exhaustive_up_to, self.seed, genetic),)
 
     def __call__(self, statistics: Statistics, subsets: ExpertSubsets) -> Scores:
-        return _subset_scores(statistics, subsets, self.alpha)
+        return _subset_scores(statistics, subsets)
 
 
-def _subset_scores(statistics: Statistics, subsets: ExpertSubsets, alpha: float) -> Scores:
-    layer_L = block_local_loss_L(statistics, alpha)
+def _subset_scores(statistics: Statistics, subsets: ExpertSubsets) -> Scores:
+    layer_L = block_local_loss_L(statistics)
     return Scores(None, subsets.removal_loss_LE, layer_L, subset_LEE=subsets.keep_LEE)

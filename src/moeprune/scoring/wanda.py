@@ -18,11 +18,10 @@ class WandaScorer:
     with norms over the tokens routed to the expert. Wanda (arXiv 2306.11695) scores a weight by ``|W_ij| ||x_j||_2``;
     this is the sum over the column that goes with channel c. With ``inputs`` it is averaged with the sums over the
     channel's rows of the gate and up projections, ``sum_j |W[c, j]| ||x_j||_2``. Wanda itself prunes single weights
-    (``surgery=wanda_unstructured``); arXiv 2606.18304 has the structured form among its channel metrics. Experts and
-    layers are scored by attribution at ``alpha``. An expert that no calibration token reached scores 0.
+    (``surgery=wanda_unstructured``); arXiv 2606.18304 has the structured form among its channel metrics. Experts are
+    scored by attribution, layers by loss. An expert that no calibration token reached scores 0.
     """
 
-    alpha: float = 0.9
     inputs: bool = False
 
     def __call__(self, statistics: Statistics) -> Scores:
@@ -30,4 +29,4 @@ class WandaScorer:
         if self.inputs:
             rows = [statistics.gate_row_input_norm_LEC, statistics.up_row_input_norm_LEC]
             channel_LEC = torch.stack([channel_LEC, *rows]).mean(dim=0)
-        return scores_by_attribution(channel_LEC, statistics, self.alpha)
+        return scores_by_attribution(channel_LEC, statistics)

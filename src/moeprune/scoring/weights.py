@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 from moeprune.calibration.statistics import Statistics
-from moeprune.scoring.attribution import attribution_LEC
+from moeprune.scoring.attribution import ALPHA, attribution_LEC
 from moeprune.types import ExpertWeights, Scores
 
 
-def with_expert_weights(scores: Scores, statistics: Statistics, alpha: float = 0.9) -> Scores:
+def with_expert_weights(scores: Scores, statistics: Statistics, alpha: float = ALPHA) -> Scores:
     """The scores with their ``weights`` [L, E]: A_e at ``alpha``, tokens N_e, sum of gates, removal loss R_e."""
     weights = ExpertWeights(
         attribution_LE=attribution_LEC(statistics, alpha).sum(dim=-1),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from moeprune.errors import InputError
+from moeprune.errors import InputError, require_choice
 from moeprune.models.adapter import MoeLayer, keep_router_rows, moe_layers
 from moeprune.models.ragged import PackedWeights, RaggedExperts
 from moeprune.surgery.merging import check_merge, merge_experts
@@ -69,14 +69,8 @@ def check_plan(model: PreTrainedModel, plan: Plan, empty_experts: str) -> None:
 
 
 def check_row_policy(empty_experts: str) -> None:
-    """Raise InputError for what no router row can undergo."""
-    if empty_experts not in (REMOVE_ROW, KEEP_ROW):
-        raise InputError(
-            f"empty_experts={empty_experts} is not possible: it says what becomes of the router rows of experts that "
-            "keep no channel.",
-            possible=(REMOVE_ROW, KEEP_ROW),
-            given=str(empty_experts),
-        )
+    """Raise InputError for what no router row of an expert without channels can undergo."""
+    require_choice("empty_experts", empty_experts, (REMOVE_ROW, KEEP_ROW))
 
 
 def refuse_merging(plan: Plan, surgery: str) -> None:
