@@ -35,6 +35,8 @@ CHANNEL_SUMS = (
 )
 ROW_WEIGHTS = ("valid", "g^2", "q g^2", "q g", "q^2 g^2")
 CHANNEL_VALUES = ("h", "h^2", "h p", "|h p|", "p^2", "gate^2", "up^2")
+WEIGHT_OF_SUM = [ROW_WEIGHTS.index(weight) for _, weight, _ in CHANNEL_SUMS]
+VALUE_OF_SUM = [CHANNEL_VALUES.index(value) for _, _, value in CHANNEL_SUMS]
 HIDDEN_SUMS = ("output_sum", "output_sq_sum", "input_sq_sum")
 EXPERT_SUMS = (
     "routed_tokens", "gate_sum", "output_norm_sum", "output_sq_norm_sum", "gated_output_norm_sum",
@@ -162,21 +164,23 @@ class LayerRecorder:
         hidden_S_nH = (f_nH, f_nH.square(), at_least_float32(held.x_AH[rows]).square())
         f_sq_norm_n = hidden_S_nH[1].sum(dim=-1)
         f_norm_n = f_sq_norm_n.sqrt()
-        of_row_nS = torch.stack([valid_n, valid_n * g_n, valid_n * f_norm_n, valid_n * f_sq_norm_n,
-                                 valid_n * g_n * f_norm_n, weights.change_T[token_n] * g_n * f_norm_n,
-                                 weight_Sn[2] * f_sq_norm_n], dim=1)  # fmt: skip
+        gf_norm_n = g_n * f_norm_n
+        of_row_nS = torch.stack([torch.ones_like(g_n), g_n, f_norm_n, f_sq_norm_n, gf_norm_n,
+                                 weights.change_T[token_n] * gf_norm_n, weight_Sn[2] * f_sq_norm_n], dim=1)  # fmt: skip
 
-        channel, hidden, expert, largest = [], [], [], []
-        for each in experts.split():
+        # One product for a few experts at once, with a row that marks the tokens of each: fewer, longer operations.
+        of_expert_En = valid_n.new_zeros(len(experts.index), len(valid_n))
+        channel, largest = [], []
+        for row, each in enumerate(experts.split()):
+            of_expert_En[row, each] = valid_n[each]
             sums_SVC = (weight_Sn[:, each] @ value_nVC[each].flatten(1)).unflatten(1, value_nVC.shape[1:])
-            channel += [sums_SVC[ROW_WEIGHTS.index(w), CHANNEL_VALUES.index(v)] for _, w, v in CHANNEL_SUMS]
-            hidden += [valid_n[each] @ value_nH[each] for value_nH in hidden_S_nH]
-            expert.append(of_row_nS[each].sum(dim=0))
+            channel.append(sums_SVC[WEIGHT_OF_SUM, VALUE_OF_SUM])
             largest.append(gated_h_sq_nC[each].amax(dim=0))
         index = experts.index
-        self._channel_ESC[index] += torch.stack(channel).unflatten(0, (len(index), -1)).double().cpu()
-        self._hidden_ESH[index] += torch.stack(hidden).unflatten(0, (len(index), -1)).double().cpu()
-        self._expert_ES[index] += torch.stack(expert).double().cpu()
+        hidden_ESH = torch.stack([of_expert_En @ value_nH for value_nH in hidden_S_nH], dim=1)
+        self._channel_ESC[index] += torch.stack(channel).double().cpu()
+        self._hidden_ESH[index] += hidden_ESH.double().cpu()
+        self._expert_ES[index] += (of_expert_En @ of_row_nS).double().cpu()
         self._channel_max_EC[index] = self._channel_max_EC[index].maximum(torch.stack(largest).double().cpu())
 
     def _channel_values(self, experts: "_ExpertRows", held: _Held, m_nH: Tensor) -> Tensor:
