@@ -6,7 +6,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3Config
 
 from moeprune.errors import ModelError
-from moeprune.models.adapter import keep_router_rows, moe_layers, recorded_routing
+from moeprune.models.adapter import moe_layers, recorded_routing
+from moeprune.models.runtime.router import keep_router_rows
 
 
 @pytest.fixture

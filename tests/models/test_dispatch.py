@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moeprune.models.dispatch import combine, dispatch
+from moeprune.models.runtime.dispatch import combine, dispatch
 
 
 def random_routing(tokens: int, experts: int, top_k: int, seed: int):
@@ -72,3 +72,14 @@ def test_gates_of_higher_precision_are_rounded_with_the_product_and_not_before()
     for output_H, token, gate in zip(output_AH, routed.token_A.tolist(), routed.gate_A, strict=True):
         expected_TH[token] += (output_H.float() * gate).bfloat16()
     assert torch.equal(combine(output_AH, routed, 40), expected_TH)
+
+
+def test_gates_may_scale_what_goes_in_instead_of_what_comes_out():
+    experts_TK, gates_TK = random_routing(7, 5, 2, seed=3)
+    hidden_TH = torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    plain, scaled = (dispatch(experts_TK, gates_TK, 5, gates_inputs) for gates_inputs in (False, True))
+    assert torch.equal(plain.inputs(hidden_TH), hidden_TH[plain.token_A])
+    assert torch.equal(scaled.inputs(hidden_TH), hidden_TH[plain.token_A] * plain.gate_A[:, None])
+    assert torch.equal(scaled.gate_A, torch.ones_like(plain.gate_A))
+    assert (scaled.counts, scaled.token_A.tolist()) == (plain.counts, plain.token_A.tolist())
+    assert scaled.inputs(hidden_TH.bfloat16()).dtype == torch.bfloat16

@@ -5,33 +5,46 @@ import torch
 from torch.nn import functional as F
 
 from moeprune.models.adapter import moe_layers
-from moeprune.models.ragged import PackedWeights, RaggedExperts
+from moeprune.models.runtime.activations import ClampedSwish, Gated
+from moeprune.models.runtime.ragged import Expert, RaggedExperts
 
 HIDDEN = 32
 
 
-def random_ragged(widths, dtype=torch.float64, slot_of_row=None, bias_EH=None):
-    weights = PackedWeights(widths, HIDDEN, dtype=dtype)
+def random_ragged(
+    widths, dtype=torch.float64, slot_of_row=None, bias_EH=None, *, bias=False, gates_inputs=False, activation=None
+):
+    experts = [Expert(width, HIDDEN, bias=bias, dtype=dtype) for width in widths]
     generator = torch.Generator().manual_seed(0)
-    for parameter in weights.parameters():
-        parameter.data.normal_(generator=generator)
-    return RaggedExperts(weights, widths, F.silu, slot_of_row, bias_EH)
+    for expert in experts:
+        for parameter in expert.parameters():
+            parameter.data.normal_(generator=generator)
+    return RaggedExperts(experts, activation or Gated(F.silu), slot_of_row, bias_EH, gates_inputs)
 
 
 def expert_output(ragged, slot, x_H):
-    """f of one stored expert for one token, from the flat parameters."""
-    start, width = sum(ragged.widths[:slot]), ragged.widths[slot]
-    gate_up = ragged.weights.gate_up[2 * start : 2 * (start + width)] @ x_H
-    return (F.silu(gate_up[:width]) * gate_up[width:]) @ ragged.weights.down[start : start + width]
+    """f of one stored expert for one token, from its parameters."""
+    of = {name: parameter.detach() for name, parameter in ragged[slot].named_parameters()}
+    gate, up = (
+        of[f"{part}.weight"] @ x_H + of.get(f"{part}.bias", torch.zeros(1)) for part in ("gate_proj", "up_proj")
+    )
+    if isinstance(ragged.activation, ClampedSwish):
+        alpha, limit = ragged.activation.alpha, ragged.activation.limit
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        h = (up + 1) * gate / (1 + torch.exp(-alpha * gate))
+    else:
+        h = gate / (1 + torch.exp(-gate)) * up
+    return of["down_proj.weight"] @ h + of.get("down_proj.bias", torch.zeros(1))
 
 
 def full_width_copy(experts) -> RaggedExperts:
     count, hidden, width = experts.down_proj.shape
-    weights = PackedWeights([width] * count, hidden, dtype=experts.down_proj.dtype)
-    for expert in range(count):
-        weights.gate_up_of(expert).copy_(experts.gate_up_proj[expert])
-        weights.down_of(expert).copy_(experts.down_proj[expert].T)
-    return RaggedExperts(weights, [width] * count, experts.act_fn)
+    copies = [Expert(width, hidden, dtype=experts.down_proj.dtype) for _ in range(count)]
+    for index, copy in enumerate(copies):
+        copy.gate_proj.weight.copy_(experts.gate_up_proj[index, :width])
+        copy.up_proj.weight.copy_(experts.gate_up_proj[index, width:])
+        copy.down_proj.weight.copy_(experts.down_proj[index])
+    return RaggedExperts(copies, Gated(experts.act_fn))
 
 
 @torch.no_grad()
@@ -44,9 +57,14 @@ def test_full_width_equals_the_familys_own_experts(tiny_model_64):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("widths", [(1, 24, 2, 17), (24, 1, 1, 1), (3, 3, 3, 3), (100, 1, 64, 7)])
-def test_widths_that_differ_equal_a_loop_over_tokens(widths):
-    ragged = random_ragged(widths)
+@pytest.mark.parametrize("bias", [False, True], ids=["no biases", "biases"])
+@pytest.mark.parametrize("activation", [None, ClampedSwish(1.702, 0.5)], ids=["swish", "clamped"])
+@pytest.mark.parametrize("gates_inputs", [False, True], ids=["gates outputs", "gates inputs"])
+@pytest.mark.parametrize("widths", [(1, 24, 2, 17), (24, 1, 1, 1), (100, 1, 64, 7), (0, 3, 0, 5)])
+@torch.no_grad()
+def test_widths_that_differ_equal_a_loop_over_tokens(widths, gates_inputs, activation, bias):
+    ragged = random_ragged(widths, bias=bias, gates_inputs=gates_inputs, activation=activation)
+    assert ragged.has_biases == bias
     generator = torch.Generator().manual_seed(1)
     x_TH = torch.randn(12, HIDDEN, dtype=torch.float64, generator=generator)
     gates_TK, experts_TK = torch.rand(12, 4, dtype=torch.float64, generator=generator).topk(2, dim=1)
@@ -54,7 +72,10 @@ def test_widths_that_differ_equal_a_loop_over_tokens(widths):
     for token in range(12):
         expected = torch.zeros(HIDDEN, dtype=torch.float64)
         for gate, expert in zip(gates_TK[token], experts_TK[token].tolist(), strict=True):
-            expected += gate * expert_output(ragged, expert, x_TH[token])
+            if gates_inputs:
+                expected += expert_output(ragged, expert, gate * x_TH[token])
+            else:
+                expected += gate * expert_output(ragged, expert, x_TH[token])
         torch.testing.assert_close(mixed_TH[token], expected, rtol=1e-12, atol=1e-12)
 
 
@@ -76,9 +97,8 @@ def test_gradients_reach_the_experts_that_got_tokens_and_no_others():
     ragged(
         torch.randn(6, HIDDEN, dtype=torch.float64), torch.ones(6, 1, dtype=torch.int64), torch.ones(6, 1)
     ).sum().backward()
-    gradient = ragged.weights.down.grad
-    assert (gradient[2:7] != 0).any()
-    assert (gradient[:2] == 0).all() and (gradient[7:] == 0).all()
+    assert all((parameter.grad != 0).any() for parameter in ragged[1].parameters())
+    assert all(parameter.grad is None for slot in (0, 2) for parameter in ragged[slot].parameters())
 
 
 def test_bfloat16_stays_bfloat16():

@@ -3,6 +3,7 @@
 Axis letters: E routed experts, C intermediate channels of an expert, H hidden size, T tokens, K experts per token.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from moeprune.errors import ModelError
+from moeprune.models.runtime.activations import gated_activation
+from moeprune.models.runtime.router import is_router
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,8 @@ class MoeLayer:
     """One decoder layer that holds routed experts, with the modules that the rest of the package works on.
 
     ``router(h_TH)`` returns ``(logits_TE, gates_TK, experts_TK)``: the gates are what the family finally applies, after
-    top-k, renormalisation and scaling. ``experts(h_TH, experts_TK, gates_TK)`` returns the routed output ``m_TH``.
+    top-k, renormalisation and scaling. ``experts(h_TH, experts_TK, gates_TK)`` returns the routed output ``m_TH``. How
+    the weights lie: `moeprune.models.runtime.contract`.
     """
 
     name: str  # of the experts module in the model
@@ -56,6 +60,19 @@ class MoeLayer:
         return int(self.router.top_k)
 
     @property
+    def gates_inputs(self) -> bool:
+        """Whether gates scale what goes into an expert (Llama 4), not what comes out of it."""
+        return bool(getattr(self.experts, "gates_inputs", False))
+
+    @property
+    def output_scale(self) -> float:
+        """What the decoder layer multiplies the routed output with before it adds it (GraniteMoE, MiniMax)."""
+        for name in ("residual_multiplier", "mlp_beta_factor"):
+            if hasattr(self.decoder_layer, name):
+                return float(getattr(self.decoder_layer, name))
+        return 1.0
+
+    @property
     def routes_by_group(self) -> bool:
         """Whether the router first chooses groups of neighbouring experts; one expert less would shift the others."""
         grouped = (getattr(self.router, "num_group", None) or 1) > 1
@@ -66,22 +83,25 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
     """All MoE layers from first to last.
 
     Raises ModelError when the model has none: looked for is a module with a 3-D ``down_proj`` [E, H, C] and a fused
-    ``gate_up_proj`` [E, 2C, H] beside a router with ``weight`` [E, H] and ``top_k``.
+    ``gate_up_proj`` [E, 2C, H] beside a router with ``weight`` [E, H] and ``top_k``; also where such a block computes
+    something else than the contract says.
     """
-    found = []
+    found, refused = [], []
     for layer_name, layer in decoder_layers(model):
         for block_name, block in layer.named_modules():
             children = dict(block.named_children())
             experts = next((name for name, child in children.items() if _holds_routed_experts(child)), None)
-            router = next((child for child in children.values() if _is_router(child)), None)
+            router = next((child for child in children.values() if is_router(child)), None)
             if experts is not None and router is not None:
                 name = ".".join(part for part in (layer_name, block_name, experts) if part)
                 found.append(MoeLayer(name, layer, router, children[experts]))
-    if not found:
+                refused += [f"{name}: {breach}" for breach in _breaches(router, children[experts])]
+    if refused or not found:
         raise ModelError(
             f"{type(model).__name__} has no routed experts that this version can prune.\n"
             "Looked for: a decoder layer with an experts module (gate_up_proj [E, 2C, H], down_proj [E, H, C]) beside "
-            "a router (weight [E, H], top_k).\nUse a checkpoint of the Qwen-MoE or DeepSeek families."
+            f"a router (weight [E, H], top_k).\nFound: {'; '.join(refused[:2]) or _candidates(model)}.\n"
+            "Families that can be pruned: docs/model.md lists them."
         )
     return found
 
@@ -104,19 +124,32 @@ def _holds_routed_experts(module: nn.Module) -> bool:
     return gate_up.shape[1] == 2 * down.shape[2] and gate_up.shape[2] == down.shape[1]
 
 
-def _is_router(module: nn.Module) -> bool:
-    return hasattr(module, "top_k") and isinstance(getattr(module, "weight", None), Tensor)
+def _breaches(router: Any, experts: Any) -> Iterator[str]:
+    """What a block whose weights look right does otherwise than the contract says."""
+    parameters = inspect.signature(router.forward).parameters.values()
+    if len([each for each in parameters if each.default is each.empty and each.kind is not each.VAR_KEYWORD]) > 1:
+        yield f"{type(router).__name__} wants more than hidden states to route by"
+    if getattr(experts, "has_post_expert_norm", False):
+        yield f"{type(experts).__name__} normalises what its experts give"
+    if hasattr(experts, "_apply_gate") and not _gates_as_expected(experts):
+        yield f"{type(experts).__name__} does not compute act(gate) * up"
 
 
-@torch.no_grad()
-def keep_router_rows(router: Any, live: Tensor) -> None:
-    """Keep the rows and per-expert biases of a router for the experts in ``live`` (int64 indices), in place."""
-    expert_count = router.weight.shape[0]
-    for name, values in [*router.named_parameters(recurse=False), *router.named_buffers(recurse=False)]:
-        if values.shape[:1] == (expert_count,):
-            rows = values[live.to(values.device)]
-            setattr(router, name, nn.Parameter(rows) if isinstance(values, nn.Parameter) else rows)
-    router.num_experts = len(live)
+def _gates_as_expected(experts: Any) -> bool:
+    """Whether `gated_activation` is what the family computes, on values of both signs, beyond any clamp too."""
+    gate_up = torch.linspace(-20, 20, 98, dtype=torch.float32, device="cpu").roll(31)
+    try:
+        theirs, ours = experts._apply_gate(gate_up), gated_activation(experts)(*gate_up.chunk(2))
+    except (AttributeError, TypeError):  # another way to call it, or none of one name
+        return False
+    return torch.allclose(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+def _candidates(model: nn.Module) -> str:
+    """The blocks that hold something like experts, for a message."""
+    kinds = {type(module).__name__ for module in model.modules() if "expert" in type(module).__name__.lower()}
+    layers = len(list(decoder_layers(model)))
+    return f"{layers} decoder layers" + (f", and modules named {', '.join(sorted(kinds))}" if kinds else "")
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,24 @@ from pathlib import Path
 from moeprune.errors import InputError, ModelError
 
 EMBEDDED = "embedded:"
-_EXPERT_DOWN = re.compile(r"(?P<layer>.*\.layers\.\d+\..*experts)\.(?P<expert>\d+)\.(?:down_proj|w2)\.weight$")
+_LAYER = r"(?P<layer>.*\.layers\.\d+\.(?:.*\.)?"
+# The down projection of one expert [H, C].
+_EXPERT_DOWN = re.compile(_LAYER + r"experts)\.(?P<expert>\d+)\.(?:down_proj|w2)\.weight$")
+# Those of all experts of a layer, [E, H, C] or [E, C, H]; the second name is GraniteMoE's.
+_FUSED_DOWN = re.compile(_LAYER + r"(?:experts|block_sparse_moe))\.(?:down_proj|output_linear\.weight)$")
+_FUSED_UP = re.compile(_LAYER + r"(?:experts|block_sparse_moe))\.(?:gate_up_proj|input_linear\.weight)$")
 _ROUTED = re.compile(
-    r".*\.layers\.\d+\..*\bexperts\.(?:\d+\.(?:gate_proj|up_proj|down_proj|w[123])\.\w+|(?:gate_up_proj|down_proj)\w*)$"
+    _LAYER + r"(?:experts\.(?:\d+\.(?:gate_proj|up_proj|down_proj|w[123])\.\w+|(?:gate_up_proj|down_proj)\w*)|"
+    r"block_sparse_moe\.(?:input|output)_linear\.weight))$"
 )
-_FUSED_DOWN = re.compile(r"(?P<layer>.*\.layers\.\d+\..*experts)\.down_proj$")
+_QUANTISED = ("U8", "I8", "I16", "I32")
+# What config.json calls the number of experts per token; the second name is ERNIE's.
+_TOP_K = ("num_experts_per_tok", "moe_k")
 # The groups that transformers' config class of these DeepSeek families takes where config.json names none.
 _UNSAID_GROUPS = {"deepseek_v3": 8, "deepseek_v32": 8}
-_IN_LAYER = re.compile(r"(?P<stack>.*)\.layers\.(?P<index>\d+)\.")
+_IN_LAYER = re.compile(r".*\.layers\.(?P<index>\d+)\.")
+# Parts that are not loaded with the language model: those that predict further tokens, and those that see.
+_LEFT_OUT = re.compile(r"(?:.*\.)?(?:mtp|vision|visual|multi_modal)\w*\.")
 
 
 @dataclass(frozen=True)
@@ -79,29 +89,43 @@ def local_folder(path: str) -> Path | None:
 def read_shape(folder: Path) -> ExpertShape:
     """The experts' shape from the safetensors headers and the config's experts per token and groups of experts.
 
-    Raises ModelError when the checkpoint is incomplete, damaged, or has no routed experts of one shape.
+    Raises ModelError when the checkpoint is incomplete, damaged, quantised, or has no routed experts of one shape.
     """
-    config = _read_json(folder / "config.json")
+    config = _text_config(folder)
     experts_of: dict[str, int] = {}
+    fused_up: dict[str, list[int]] = {}
+    fused_down: dict[str, list[int]] = {}
     widths: set[int] = set()
-    for name, shape in _loaded_tensors(folder, config):
+    for name, entry in _loaded_tensors(folder, config):
+        if _ROUTED.match(name) and entry["dtype"] in _QUANTISED:
+            raise ModelError(f"The experts in {folder} are quantised ({name}).\nUse the checkpoint in bfloat16.")
         if match := _EXPERT_DOWN.match(name):
-            layer = match["layer"]
-            experts_of[layer] = max(experts_of.get(layer, 0), int(match["expert"]) + 1)
-            widths.add(shape[1])
+            experts_of[match["layer"]] = max(experts_of.get(match["layer"], 0), int(match["expert"]) + 1)
+            widths.add(entry["shape"][1])
         elif match := _FUSED_DOWN.match(name):
-            experts_of[match["layer"]] = shape[0]
-            widths.add(shape[2])
-    top_k = config.get("num_experts_per_tok")
+            fused_down[match["layer"]] = entry["shape"]
+        elif match := _FUSED_UP.match(name):
+            fused_up[match["layer"]] = entry["shape"]
+    for layer, shape in fused_down.items():
+        experts_of[layer] = shape[0]
+        widths.add(_fused_width(fused_up.get(layer), shape))
+    top_k = next((config[key] for key in _TOP_K if key in config), None)
     if len(set(experts_of.values())) != 1 or len(widths) != 1 or not isinstance(top_k, int):
         raise ModelError(
             f"{folder} ({config.get('model_type', 'unknown type')}) is no MoE checkpoint that can be pruned.\n"
-            "Looked for: tensors '...layers.N...experts.M.down_proj.weight' (or fused '...experts.down_proj'), all of "
-            f"one width, and num_experts_per_tok in config.json. Found: {len(experts_of)} layers with experts, widths "
-            f"{sorted(widths)}, num_experts_per_tok {top_k}.\nUse a Qwen-MoE or DeepSeek checkpoint that is not pruned."
+            "Looked for: tensors '...layers.N...experts.M.down_proj.weight' (or '...w2.weight', or fused "
+            f"'...experts.down_proj'), all of one width, and {' or '.join(_TOP_K)} in config.json.\n"
+            f"Found: {len(experts_of)} layers with experts, widths {sorted(widths)}, experts per token {top_k}.\n"
+            "Use a checkpoint of a family that docs/model.md lists, and one that is not pruned."
         )
     experts = next(iter(experts_of.values()))
     return ExpertShape(len(experts_of), experts, widths.pop(), top_k, _routes_by_group(config))
+
+
+def _fused_width(up: list[int] | None, down: list[int]) -> int:
+    """C of a fused ``down`` [E, H, C], or, in GPT-OSS and Llama 4, [E, C, H] beside an ``up`` of [E, H, 2C]."""
+    transposed = up is not None and up[2] == 2 * down[1]
+    return down[1] if transposed else down[2]
 
 
 def _routes_by_group(config: dict) -> bool:
@@ -119,24 +143,30 @@ def read_sizes(folder: Path) -> ModelSizes:
     Raises ModelError when the checkpoint is incomplete or damaged.
     """
     total = routed = 0
-    for name, shape in _loaded_tensors(folder, _read_json(folder / "config.json")):
-        total += prod(shape)
-        routed += prod(shape) if _ROUTED.match(name) else 0
+    for name, entry in _loaded_tensors(folder, _text_config(folder)):
+        total += prod(entry["shape"])
+        routed += prod(entry["shape"]) if _ROUTED.match(name) else 0
     return ModelSizes(total, routed)
 
 
-def _loaded_tensors(folder: Path, config: dict) -> Iterator[tuple[str, list[int]]]:
-    """(name, shape) of the tensors that belong to the model.
+def _text_config(folder: Path) -> dict:
+    """config.json, or the part of it that describes the language model, where the model has others beside it."""
+    config = _read_json(folder / "config.json")
+    return config.get("text_config", config)
+
+
+def _loaded_tensors(folder: Path, config: dict) -> Iterator[tuple[str, dict]]:
+    """(name, entry of the header) of the tensors that belong to the language model.
 
     Layers for predicting further tokens, which transformers does not load, lie behind the last layer (DeepSeek-V3) or
-    in a stack named ``mtp`` (Qwen3-Next).
+    have names that begin with ``mtp`` (Qwen3-Next, ERNIE).
     """
     layers = config.get("num_hidden_layers", math.inf)
     for file in weight_files(folder):
         for name, entry in read_header(file).items():
             match = _IN_LAYER.match(name)
-            if match is None or (match["stack"] != "mtp" and int(match["index"]) < layers):
-                yield name, entry["shape"]
+            if not _LEFT_OUT.match(name) and (match is None or int(match["index"]) < layers):
+                yield name, entry
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -12,12 +12,21 @@ class Dispatch:
     """The assignments of a batch, sorted by expert.
 
     ``token_A`` and ``gate_A`` (A = T * K assignments, less those to no expert) say which token each row belongs to and
-    with what gate; ``counts`` is the number of rows of each expert.
+    what its expert's output is multiplied with; ``counts`` is the number of rows of each expert. ``input_gate_A``,
+    where a family scales the expert's input instead (Llama 4), is what with; ``gate_A`` is then 1.
     """
 
     token_A: Tensor
     gate_A: Tensor
     counts: list[int]
+    input_gate_A: Tensor | None = None
+
+    def inputs(self, hidden_TH: Tensor) -> Tensor:
+        """What goes into the experts [A, H], rows sorted by expert."""
+        hidden_AH = hidden_TH[self.token_A]
+        if self.input_gate_A is None:
+            return hidden_AH
+        return (hidden_AH * self.input_gate_A.unsqueeze(-1)).to(hidden_TH.dtype)
 
     def active(self) -> Iterator[tuple[int, slice]]:
         """(expert, its rows) for each expert that got a token."""
@@ -28,16 +37,20 @@ class Dispatch:
             start += count
 
 
-def dispatch(experts_TK: Tensor, gates_TK: Tensor, expert_count: int) -> Dispatch:
+def dispatch(experts_TK: Tensor, gates_TK: Tensor, expert_count: int, gates_inputs: bool = False) -> Dispatch:
     """Sort the assignments by expert; the order inside an expert is the order of the tokens.
 
-    The index ``expert_count`` stands for no expert; such assignments are left out.
+    The index ``expert_count`` stands for no expert; such assignments are left out. With ``gates_inputs`` the gates
+    scale what goes into the experts.
     """
     chosen_A = experts_TK.flatten()
     order_A = torch.argsort(chosen_A, stable=True)
     counts = torch.bincount(chosen_A, minlength=expert_count).tolist()[:expert_count]
     order_A = order_A[: sum(counts)]
-    return Dispatch(order_A // experts_TK.shape[1], gates_TK.flatten()[order_A], counts)
+    token_A, gate_A = order_A // experts_TK.shape[1], gates_TK.flatten()[order_A]
+    if gates_inputs:
+        return Dispatch(token_A, torch.ones_like(gate_A), counts, gate_A)
+    return Dispatch(token_A, gate_A, counts)
 
 
 def combine(output_AH: Tensor, routed: Dispatch, token_count: int) -> Tensor:
