@@ -18,7 +18,7 @@ from moeprune.calibration.recorder import OUTPUT_NORM_EPS
 from moeprune.calibration.statistics import collect_statistics
 from moeprune.calibration.windows import TokenWindows
 from moeprune.models.adapter import MoeLayer, moe_layers
-from moeprune.models.dispatch import combine, dispatch
+from moeprune.models.runtime.dispatch import combine, dispatch
 from moeprune.scoring.attribution import AttributionScorer
 
 ALPHA = 0.9

@@ -8,7 +8,8 @@ import torch
 
 from moeprune.calibration.recorder import OUTPUT_NORM_EPS
 from moeprune.calibration.statistics import collect_statistics
-from moeprune.models.adapter import keep_router_rows, moe_layers
+from moeprune.models.adapter import moe_layers
+from moeprune.models.runtime.router import keep_router_rows
 from moeprune.scoring.attribution import AttributionScorer
 from moeprune.scoring.removal import RemovalScorer
 

@@ -18,7 +18,11 @@ from moeprune.calibration.recorder import OUTPUT_NORM_EPS, at_least_float32
 from moeprune.calibration.windows import TokenWindows
 from moeprune.errors import InputError
 from moeprune.models.adapter import MoeLayer, moe_layers
-from moeprune.models.dispatch import Dispatch, combine, dispatch
+from moeprune.models.layer_walk import walk_layers
+from moeprune.models.runtime.activations import gated_activation
+from moeprune.models.runtime.contract import gate_and_up, project_down
+from moeprune.models.runtime.dispatch import Dispatch, combine, dispatch
+from moeprune.models.streaming import Model, StreamedModel, devices_of, skeleton
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,20 @@ Receiver = Callable[[ExpertGradients], None]
 
 
 def language_model_gradients(
-    model: PreTrainedModel, windows: TokenWindows, batch_size: int, receive: Receiver, label: str
+    model: Model, windows: TokenWindows, batch_size: int, receive: Receiver, label: str
 ) -> None:
     """Hand out gradients of the language-modelling loss, summed over the predicted tokens, in nats.
 
     An ordinary backward pass through the model: later layers' routers count with the gates that they give. Padding is
     neither predicted nor predicted from.
+
+    Raises InputError for a model that is streamed from disk: the backward pass needs all layers at once.
     """
+    if isinstance(model, StreamedModel):
+        raise InputError(
+            "Gradients of the language_model loss need the whole model in memory.",
+            change="Use loss=block_local, or load the model whole.",
+        )
     graphs = [_ExpertGraph(index, layer, receive) for index, layer in enumerate(moe_layers(model))]
     with frozen(model), ExitStack() as replaced:
         for graph in graphs:
@@ -67,30 +78,33 @@ def language_model_gradients(
 
 
 def block_local_gradients(
-    model: PreTrainedModel, windows: TokenWindows, batch_size: int, alpha: float, receive: Receiver, label: str
+    model: Model, windows: TokenWindows, batch_size: int, alpha: float, receive: Receiver, label: str
 ) -> None:
     """Hand out gradients of each layer's own loss, where all routed experts of the layer are scaled by alpha:
 
-        sum_t q_t ||y'_t - y_t||^2,     y' - y = (alpha - 1) m,     q_t = 1 / (||y_t||^2 + eps)
+        sum_t q_t ||y'_t - y_t||^2,     y' - y = (alpha - 1) s m,     q_t = 1 / (||y_t||^2 + eps)
 
-    The loss' gradient with respect to the gated sum m' = alpha m is ``2 (alpha - 1) q m``; the scaling gives another
-    alpha. The graph of a layer spans its experts only and is gone before the next layer runs. The model itself, which
-    all layers read, is not scaled, and routing is held fixed.
+    with s = 1 in most families (`MoeLayer.output_scale`). The loss' gradient with respect to the gated sum m' = alpha m
+    is ``2 (alpha - 1) s^2 q m``; the scaling gives another alpha. The graph of a layer spans its experts only and is
+    gone before the next layer runs. The model itself, which all layers read, is not scaled, and routing is held fixed.
 
     Raises InputError for a model in float16: gradients are of the size of q, which it cannot hold.
     """
-    if model.dtype == torch.float16:
+    if skeleton(model).dtype == torch.float16:
         raise InputError(
             "Gradients of the block_local loss are too small for float16.",
             change="Use model.compute_dtype=bfloat16 or float32.",
         )
-    graphs = [_ExpertGraph(index, layer, receive) for index, layer in enumerate(moe_layers(model))]
-    with frozen(model), ExitStack() as attached:
-        for graph in graphs:
-            attached.enter_context(_backward_inside_the_layer(graph, alpha))
-        for input_ids_BT, mask_BT in _batches(model, windows, batch_size, graphs, label):
-            with torch.no_grad():
-                model.base_model(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False)
+    moe = enumerate(moe_layers(skeleton(model)))
+    graph_in = {layer.decoder_layer: _ExpertGraph(index, layer, receive) for index, layer in moe}
+    batches, device = list(windows.batches(batch_size)), devices_of(model)[0]
+    for visit in walk_layers(model, batches, label):
+        if visit.layer in graph_in:
+            graph = graph_in[visit.layer]
+            with frozen(visit.layer), _backward_inside_the_layer(graph, alpha):
+                for _, mask_BT in batches:
+                    graph.expect(mask_BT.to(device).flatten().bool())
+                    next(visit.outputs)
 
 
 class _ExpertGraph:
@@ -106,14 +120,14 @@ class _ExpertGraph:
     def routed_output(self, hidden_TH: Tensor, experts_TK: Tensor, gates_TK: Tensor) -> Tensor:
         """``m_TH``; stands in for the experts' forward."""
         experts = self.layer.experts
-        routed = dispatch(experts_TK, gates_TK, self.layer.expert_count)
-        x_AH = hidden_TH[routed.token_A]
-        pre_activation_AI = torch.cat([x_AH[rows] @ experts.gate_up_proj[e].T for e, rows in routed.active()])
+        routed = dispatch(experts_TK, gates_TK, self.layer.expert_count, self.layer.gates_inputs)
+        x_AH = routed.inputs(hidden_TH)
+        pre_activation_AI = torch.cat([gate_and_up(experts, e, x_AH[rows]) for e, rows in routed.active()])
         if not pre_activation_AI.requires_grad:  # nothing before this layer needs a gradient: the graph begins here
             pre_activation_AI.requires_grad_()
         gate_AC, up_AC = pre_activation_AI.chunk(2, dim=-1)
-        h_AC = experts.act_fn(gate_AC) * up_AC
-        f_AH = torch.cat([h_AC[rows] @ experts.down_proj[e].T for e, rows in routed.active()])
+        h_AC = gated_activation(experts)(gate_AC, up_AC)
+        f_AH = torch.cat([project_down(experts, e, h_AC[rows]) for e, rows in routed.active()])
         self._hand_out(routed, hidden_TH.detach(), pre_activation_AI, h_AC, f_AH)
         return combine(f_AH, routed, len(hidden_TH))
 
@@ -129,7 +143,7 @@ class _ExpertGraph:
         valid_A, plain_h_AC = self.valid_T[routed.token_A], h_AC.detach()
 
         def hand_out(gradient_AI: Tensor) -> None:
-            x_AH = hidden_TH[routed.token_A]
+            x_AH = routed.inputs(hidden_TH)
             self._receive(
                 ExpertGradients(
                     self.index, self.layer.experts, routed, valid_A, x_AH, plain_h_AC, gradient_AI, **arrived
@@ -156,7 +170,8 @@ def _backward_inside_the_layer(graph: _ExpertGraph, alpha: float) -> Iterator[No
         m_TH = mixed.pop()
         y_TH = at_least_float32(output if isinstance(output, Tensor) else output[0]).reshape(m_TH.shape)
         q_T = graph.valid_T / (y_TH.square().sum(dim=-1) + OUTPUT_NORM_EPS)
-        m_TH.backward((2 * alpha * (alpha - 1) * q_T.unsqueeze(-1) * m_TH.detach()).to(m_TH.dtype))
+        weight_T = 2 * alpha * (alpha - 1) * graph.layer.output_scale**2 * q_T
+        m_TH.backward((weight_T.unsqueeze(-1) * m_TH.detach()).to(m_TH.dtype))
 
     hook = graph.layer.decoder_layer.register_forward_hook(backward)
     try:

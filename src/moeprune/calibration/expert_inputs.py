@@ -1,57 +1,62 @@
-"""Runs the calibration windows and shows what enters the routed experts of every MoE layer."""
+"""Runs the calibration windows layer by layer and shows what enters the routed experts."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from moeprune.calibration.windows import TokenWindows
-from moeprune.models.adapter import moe_layers
+from moeprune.models.adapter import MoeLayer, moe_layers
+from moeprune.models.layer_walk import LayerVisit, walk_layers
+from moeprune.models.runtime.activations import gated_activation
+from moeprune.models.runtime.contract import gate_and_up
+from moeprune.models.streaming import Model, skeleton
 
 
 @dataclass(frozen=True)
 class ExpertInputs:
-    """One MoE layer and one batch: ``x_BTH`` enters the router and the experts; ``mask_BT`` is 0 for padding."""
+    """One batch at one MoE layer: ``x_BTH`` enters the router and the experts; ``mask_BT`` is 0 for padding."""
 
-    layer: int  # index among the MoE layers
     first_window: int  # index of the batch's first window
     x_BTH: Tensor
     mask_BT: Tensor
 
 
-@torch.no_grad()
-def visit_expert_inputs(
-    model: PreTrainedModel,
-    windows: TokenWindows,
-    batch_size: int,
-    receive: Callable[[ExpertInputs], None],
-    label: str,
-) -> None:
-    """Run every window once through the model without its head. The model is left as it was."""
-    device = next(model.parameters()).device
+def walk_expert_inputs(
+    model: Model, windows: TokenWindows, batch_size: int, label: str
+) -> Iterator[tuple[MoeLayer, Iterator[ExpertInputs]]]:
+    """For each MoE layer in turn, the layer with its weights, and its inputs batch by batch.
+
+    The model is left as it was. Where gates scale the experts' inputs (Llama 4), the inputs are those before that.
+    """
+    moe_layer_in = {layer.decoder_layer: layer for layer in moe_layers(skeleton(model))}
+    batches = list(windows.batches(batch_size))
+    for visit in walk_layers(model, batches, label):
+        if visit.layer in moe_layer_in:
+            layer = moe_layer_in[visit.layer]
+            yield layer, _inputs(layer, visit, batches)
+
+
+def _inputs(layer: MoeLayer, visit: LayerVisit, batches: list[tuple[Tensor, Tensor]]) -> Iterator[ExpertInputs]:
+    entered: list[Tensor] = []
+
+    def keep(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        entered.append(inputs[0])
+
     first_window = 0
-    mask_BT = torch.empty(0)
-
-    def show(index: int, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x_BTH = inputs[0].reshape(*mask_BT.shape, inputs[0].shape[-1])
-        receive(ExpertInputs(index, first_window, x_BTH, mask_BT))
-
-    with ExitStack() as hooks:
-        for index, layer in enumerate(moe_layers(model)):
-            hooks.callback(layer.experts.register_forward_pre_hook(partial(show, index)).remove)
-        for input_ids_BT, batch_mask_BT in tqdm(windows.batches(batch_size), desc=label, unit="batch"):
-            mask_BT = batch_mask_BT.to(device)
-            model.base_model(input_ids=input_ids_BT.to(device), attention_mask=mask_BT, use_cache=False)
-            first_window += len(input_ids_BT)
+    for _, mask_BT in batches:
+        hook = layer.experts.register_forward_pre_hook(keep)
+        try:
+            next(visit.outputs)
+        finally:
+            hook.remove()
+        x_BTH = entered.pop().reshape(*mask_BT.shape, -1)
+        yield ExpertInputs(first_window, x_BTH, mask_BT.to(x_BTH.device))
+        first_window += len(mask_BT)
 
 
 def channels_of(experts: Any, expert: int, x_TH: Tensor) -> Tensor:
-    """``h = act(x W_gate^T) * (x W_up^T)`` [T, C] of one expert, for any tokens."""
-    gate_TC, up_TC = (x_TH @ experts.gate_up_proj[expert].T).chunk(2, dim=-1)
-    return experts.act_fn(gate_TC) * up_TC
+    """``h`` [T, C] of one expert, for any tokens; in most families ``act(x W_gate^T) * (x W_up^T)``."""
+    gate_TC, up_TC = gate_and_up(experts, expert, x_TH).chunk(2, dim=-1)
+    return gated_activation(experts)(gate_TC, up_TC)

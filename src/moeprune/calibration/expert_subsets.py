@@ -7,15 +7,16 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from moeprune.calibration.expert_inputs import ExpertInputs, channels_of, visit_expert_inputs
+from moeprune.calibration.expert_inputs import channels_of, walk_expert_inputs
 from moeprune.calibration.subset_search import GeneticSearch, best_of_all, eliminated, without
 from moeprune.calibration.tensor_files import load_fields, save_fields
 from moeprune.calibration.windows import TokenWindows
 from moeprune.errors import InputError, require_positive
-from moeprune.models.adapter import MoeLayer, keep_router_rows, moe_layers
+from moeprune.models.adapter import MoeLayer, moe_layers
+from moeprune.models.runtime.contract import project_down
+from moeprune.models.runtime.router import keep_router_rows
+from moeprune.models.streaming import Model, skeleton
 
 # Outputs of all experts are held for so many tokens at a time.
 TOKEN_CHUNK = 64
@@ -51,6 +52,8 @@ class ExpertSubsetPass:
 
     With Gram matrices ``<f_te, f_td>`` [T, E, E] of the experts' outputs, made once per layer, a subset costs one call
     of the router and ``sum_t delta_t^T Gram_t delta_t``, delta the change of a token's gates: no expert runs again.
+    Where gates scale the experts' inputs (Llama 4), f_te is the output for the input scaled by the gate that e gives t
+    whenever it is chosen, and all gates of the outputs are 1.
 
     Raises InputError where nothing can be removed, or where the router chooses among groups of experts.
     """
@@ -67,33 +70,29 @@ class ExpertSubsetPass:
     def __post_init__(self) -> None:
         require_positive(self, "tokens")
 
-    def __call__(self, model: PreTrainedModel, windows: TokenWindows, batch_size: int) -> ExpertSubsets:
-        layers = moe_layers(model)
-        for layer in layers:
+    def __call__(self, model: Model, windows: TokenWindows, batch_size: int) -> ExpertSubsets:
+        for layer in moe_layers(skeleton(model)):
             _require_removable(layer)
-        inputs_L = self._sampled_inputs(model, windows, batch_size)
+        sampled_NT = self._sampled(windows)
         found = []
-        for layer, x_TH in zip(tqdm(layers, desc="expert subsets", unit="layer"), inputs_L, strict=True):
-            found.append(self._search(_RestrictedLayer(layer, x_TH)))
+        for layer, inputs in walk_expert_inputs(model, windows, batch_size, "expert subsets"):
+            pieces = []
+            for seen in inputs:
+                rows = slice(seen.first_window, seen.first_window + len(seen.x_BTH))
+                pieces.append(seen.x_BTH[sampled_NT[rows].to(seen.x_BTH.device)])
+            found.append(self._search(_RestrictedLayer(layer, torch.cat(pieces))))
         return ExpertSubsets(*(torch.stack(field) for field in zip(*found, strict=True)))
 
     def load(self, path: Path) -> ExpertSubsets:
         return load_fields(ExpertSubsets, path)
 
-    def _sampled_inputs(self, model: PreTrainedModel, windows: TokenWindows, batch_size: int) -> list[Tensor]:
-        """``x_TH`` of every layer at the sampled tokens."""
+    def _sampled(self, windows: TokenWindows) -> Tensor:
+        """Which tokens are drawn; bool [N, T]."""
         valid_P = windows.mask_NT.flatten().nonzero().flatten()
         order_P = torch.randperm(len(valid_P), generator=torch.Generator().manual_seed(self.seed))
         sampled_NT = torch.zeros_like(windows.mask_NT, dtype=torch.bool)
         sampled_NT.view(-1)[valid_P[order_P[: self.tokens]]] = True
-        pieces: list[list[Tensor]] = [[] for _ in moe_layers(model)]
-
-        def receive(seen: ExpertInputs) -> None:
-            rows = slice(seen.first_window, seen.first_window + len(seen.x_BTH))
-            pieces[seen.layer].append(seen.x_BTH[sampled_NT[rows].to(seen.x_BTH.device)])
-
-        visit_expert_inputs(model, windows, batch_size, receive, "inputs of the experts")
-        return [torch.cat(layer) for layer in pieces]
+        return sampled_NT
 
     def _search(self, restricted: "_RestrictedLayer") -> tuple[Tensor, Tensor, Tensor]:
         """The fields of `ExpertSubsets` for one layer."""
@@ -127,22 +126,40 @@ class _RestrictedLayer:
         return float((moved_TE * delta_TE).sum().clamp(min=0).sqrt())
 
     def _gates(self, live: list[int]) -> Tensor:
-        """Gates [T, E] that the router with only the rows of ``live`` gives; float64."""
+        """Gates of the outputs [T, E] that the router with only the rows of ``live`` gives; float64."""
         router = copy.deepcopy(self.layer.router)
         live_S = torch.tensor(live, device=self._x_TH.device)
         if len(live) < self.layer.expert_count:
             keep_router_rows(router, live_S)
         _, gates_TK, rows_TK = router(self._x_TH)
-        gates_TE = torch.zeros(self._gram_TEE.shape[:2], dtype=torch.float64, device=self._x_TH.device)
-        return gates_TE.scatter_(1, live_S[rows_TK], gates_TK.double())
+        if self.layer.gates_inputs:
+            gates_TK = torch.ones_like(gates_TK)
+        return _spread(gates_TK, live_S[rows_TK], self.layer.expert_count)
 
 
 def _gram_TEE(layer: MoeLayer, x_TH: Tensor) -> Tensor:
     """``<f_te, f_td>`` of every token and pair of experts; float64."""
-    experts = layer.experts
-    outputs = [channels_of(experts, e, x_TH) @ experts.down_proj[e].T for e in range(layer.expert_count)]
+    experts, outputs = layer.experts, []
+    input_gates_TE = _gates_of_all(layer, x_TH) if layer.gates_inputs else None
+    for expert in range(layer.expert_count):
+        scaled_TH = x_TH if input_gates_TE is None else (x_TH * input_gates_TE[:, expert, None]).to(x_TH.dtype)
+        outputs.append(project_down(experts, expert, channels_of(experts, expert, scaled_TH)))
     f_TEH = torch.stack(outputs, dim=1).double()
     return torch.bmm(f_TEH, f_TEH.transpose(1, 2))
+
+
+def _gates_of_all(layer: MoeLayer, x_TH: Tensor) -> Tensor:
+    """The gate that each expert would give each token [T, E]; in Llama 4 it does not depend on the others."""
+    router = copy.deepcopy(layer.router)
+    router.top_k = layer.expert_count
+    _, gates_TE, experts_TE = router(x_TH)
+    return _spread(gates_TE, experts_TE, layer.expert_count)
+
+
+def _spread(gates_TK: Tensor, experts_TK: Tensor, expert_count: int) -> Tensor:
+    """Gates [T, E], 0 for experts not chosen; float64."""
+    gates_TE = torch.zeros(len(gates_TK), expert_count, dtype=torch.float64, device=gates_TK.device)
+    return gates_TE.scatter_(1, experts_TK, gates_TK.double())
 
 
 def _require_removable(layer: MoeLayer) -> None:

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from moeprune.calibration.expert_gradients import (
     ExpertGradients,
@@ -18,6 +17,7 @@ from moeprune.calibration.tensor_files import load_fields, save_fields
 from moeprune.calibration.windows import TokenWindows
 from moeprune.errors import require_choice
 from moeprune.models.adapter import moe_layers
+from moeprune.models.streaming import Model, skeleton
 
 BLOCK_LOCAL = "block_local"
 LANGUAGE_MODEL = "language_model"
@@ -30,9 +30,9 @@ class LossGradients:
 
     ``contribution`` is ``h d``; its square is the empirical Fisher information of a mask on the channel, taken per
     token, not per sequence. ``weight_saliency`` is SNIP's, ``sum |W * dLoss/dW|`` over the weights of the channel (a
-    row of gate, a row of up, a column of down), where dLoss/dW sums over the tokens of one batch and the absolute
-    values are then added over batches: so it depends on the batch size. Taking them once, after all batches, would need
-    the gradient of every weight at once. The other sums do not depend on the batch size beyond rounding.
+    row of gate, a row of up, their biases, a column of down), where dLoss/dW sums over the tokens of one batch and the
+    absolute values are then added over batches: so it depends on the batch size. Taking them once, after all batches,
+    would need the gradient of every weight at once. The other sums do not depend on the batch size beyond rounding.
     """
 
     routed_tokens_LE: Tensor
@@ -72,8 +72,13 @@ class LossGradientPass:
         """Whether `block_local_gradients` gives the sums."""
         return self.loss == BLOCK_LOCAL
 
-    def __call__(self, model: PreTrainedModel, windows: TokenWindows, batch_size: int) -> LossGradients:
-        sums = [_LayerSums(layer.experts) for layer in moe_layers(model)]
+    @property
+    def needs_whole_model(self) -> bool:
+        """Whether all layers must be in memory at once."""
+        return self.loss == LANGUAGE_MODEL
+
+    def __call__(self, model: Model, windows: TokenWindows, batch_size: int) -> LossGradients:
+        sums = [_LayerSums(layer.experts) for layer in moe_layers(skeleton(model))]
 
         def receive(gradients: ExpertGradients) -> None:
             sums[gradients.layer].add(gradients)
@@ -113,9 +118,13 @@ class _LayerSums:
 
 def _weight_saliency_C(gradients: ExpertGradients, expert: int, rows: slice) -> Tensor:
     """``sum |W * dLoss/dW|`` over the weights of each channel, of one batch; float64."""
-    gate_up_IH = at_least_float32(gradients.experts.gate_up_proj[expert])  # type: ignore[index]
-    down_HC = at_least_float32(gradients.experts.down_proj[expert])  # type: ignore[index]
-    dgate_up_IH = gradients.dpre_activation_AI[rows].T @ gradients.x_AH[rows]
+    experts: Any = gradients.experts
+    dpre_activation_nI = gradients.dpre_activation_AI[rows]
+    dgate_up_IH = dpre_activation_nI.T @ gradients.x_AH[rows]
     ddown_HC = gradients.df_AH[rows].T @ gradients.h_AC[rows]
-    gate_C, up_C = (gate_up_IH * dgate_up_IH).abs().sum(dim=1, dtype=torch.float64).chunk(2)
-    return gate_C + up_C + (down_HC * ddown_HC).abs().sum(dim=0, dtype=torch.float64)
+    gate_up_I = (at_least_float32(experts.gate_up_proj[expert]) * dgate_up_IH).abs().sum(dim=1, dtype=torch.float64)
+    gate_up_bias_EI = getattr(experts, "gate_up_bias", None)
+    if gate_up_bias_EI is not None:
+        gate_up_I += (at_least_float32(gate_up_bias_EI[expert]) * dpre_activation_nI.sum(dim=0)).abs()
+    down_C = (at_least_float32(experts.down_proj[expert]) * ddown_HC).abs().sum(dim=0, dtype=torch.float64)
+    return gate_up_I.unflatten(0, (2, -1)).sum(dim=0) + down_C

@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from transformers import PreTrainedModel
-
 from moeprune.calibration.windows import TokenWindows
+from moeprune.models.streaming import Model
 
 
 class PassResult(Protocol):
@@ -19,13 +18,14 @@ class CalibrationPass(Protocol):
 
     A frozen dataclass: its fields are part of the cache key. ``stage`` names it in the cache and in reports; raise
     ``version`` when its result changes for the same settings. A scorer asks by ``passes: tuple[CalibrationPass, ...]``
-    (class variable or property) and is called with ``scorer(statistics, *results)``, in that order.
+    (class variable or property) and is called with ``scorer(statistics, *results)``, in that order. A pass that says
+    ``needs_whole_model`` (default False) cannot go through a model layer by layer.
     """
 
     stage: ClassVar[str]
     version: ClassVar[int]
 
-    def __call__(self, model: PreTrainedModel, windows: TokenWindows, batch_size: int) -> PassResult:
+    def __call__(self, model: Model, windows: TokenWindows, batch_size: int) -> PassResult:
         """The model is left as it was. Sums in float64; padding does not count."""
         ...
 

@@ -1,5 +1,10 @@
 """Runs the experts of a layer while recording what the statistics need.
 
+The gate g in the sums is the weight with which an expert's output f enters the layer's output, and m = sum g f: it
+contains what a family multiplies the routed output with (GraniteMoE), and is 1 where the router's gate scales the
+expert's input (Llama 4), so that x, h and f contain that. ``gate_sum`` alone sums the router's gates. The bias of a
+down projection (GPT-OSS) is part of f and m, but of no channel.
+
 A layer is recorded in two steps. While the model computes the routed output ``m``, each expert's intermediate values
 are held. When the decoder layer's output ``y`` is known, they are reduced to sums and dropped. No backward pass.
 """
@@ -13,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from moeprune.models.adapter import MoeLayer, Routing
-from moeprune.models.dispatch import Dispatch, combine, dispatch
+from moeprune.models.runtime.activations import gated_activation
+from moeprune.models.runtime.contract import gate_and_up, project_down
+from moeprune.models.runtime.dispatch import Dispatch, combine, dispatch
 
 # Keeps q finite where a layer output is exactly zero; ||y||^2 is of the order of the hidden size.
 OUTPUT_NORM_EPS = 1e-6
@@ -71,6 +78,7 @@ class LayerRecorder:
     def __init__(self, layer: MoeLayer) -> None:
         self._layer = layer
         self._experts = layer.experts
+        self._activation = gated_activation(layer.experts)
         experts, hidden, width = layer.experts.down_proj.shape
         self._channel_ESC = torch.zeros(experts, len(CHANNEL_SUMS), width, dtype=torch.float64)
         self._channel_max_EC = torch.zeros(experts, width, dtype=torch.float64)
@@ -98,6 +106,17 @@ class LayerRecorder:
         """Say which tokens of the next batch count (bool [T]); the others are padding."""
         self._valid_T = valid_T
 
+    def absorb(self, other: "LayerRecorder") -> None:
+        """Add what another recorder of the same layer, on another device, saw."""
+        self._channel_ESC += other._channel_ESC
+        self._channel_max_EC = self._channel_max_EC.maximum(other._channel_max_EC)
+        self._hidden_ESH += other._hidden_ESH
+        self._expert_ES += other._expert_ES
+        self._probability_sum_E += other._probability_sum_E
+        self._logit_product_EE += other._logit_product_EE
+        self._entropy_sum += other._entropy_sum
+        self._routed_output_loss += other._routed_output_loss
+
     def sums(self) -> dict[str, Tensor]:
         """The fields of `Statistics` for this layer, by their names without the L axis."""
         input_sq_sum_EH = self._hidden_ESH[:, HIDDEN_SUMS.index("input_sq_sum")]
@@ -124,15 +143,15 @@ class LayerRecorder:
     def _run_experts(self, hidden_TH: Tensor, experts_TK: Tensor, gates_TK: Tensor) -> Tensor:
         """The experts' forward; holds their values until the layer's output is known."""
         experts, hidden, width = self._experts.down_proj.shape
-        routed = dispatch(experts_TK, gates_TK, experts)
-        x_AH = hidden_TH[routed.token_A]
+        routed = dispatch(experts_TK, gates_TK, experts, self._layer.gates_inputs)
+        x_AH = routed.inputs(hidden_TH)
         gate_up_AC = x_AH.new_empty(len(x_AH), 2 * width)
         for expert, rows in routed.active():
-            torch.mm(x_AH[rows], self._experts.gate_up_proj[expert].T, out=gate_up_AC[rows])
-        h_AC = self._experts.act_fn(gate_up_AC[:, :width]) * gate_up_AC[:, width:]
+            gate_and_up(self._experts, expert, x_AH[rows], out=gate_up_AC[rows])
+        h_AC = self._activation(gate_up_AC[:, :width], gate_up_AC[:, width:])
         f_AH = x_AH.new_empty(len(x_AH), hidden)
         for expert, rows in routed.active():
-            torch.mm(h_AC[rows], self._experts.down_proj[expert].T, out=f_AH[rows])
+            project_down(self._experts, expert, h_AC[rows], out=f_AH[rows])
         m_TH = combine(f_AH, routed, len(hidden_TH))
         self._held = _Held(routed, x_AH, gate_up_AC, h_AC, f_AH, m_TH)
         return m_TH
@@ -140,7 +159,7 @@ class LayerRecorder:
     def _reduce_layer(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor]) -> None:
         layer_output = output if isinstance(output, Tensor) else output[0]
         y_TH = at_least_float32(layer_output.reshape(-1, layer_output.shape[-1]))
-        m_TH = at_least_float32(self._held.m_TH)
+        m_TH = at_least_float32(self._held.m_TH) * self._layer.output_scale
         valid_T = self._valid_T.to(y_TH.dtype)
         y_sq_T, m_sq_T, ym_T = (torch.linalg.vecdot(a, b) for a, b in ((y_TH, y_TH), (m_TH, m_TH), (y_TH, m_TH)))
         q_T = valid_T / (y_sq_T + OUTPUT_NORM_EPS)
@@ -154,7 +173,9 @@ class LayerRecorder:
         """Add the rows of a few neighbouring experts to the sums."""
         rows = experts.rows
         token_n = held.routed.token_A[rows]
-        g_n = held.routed.gate_A[rows].to(m_TH.dtype)  # some routers give float32 gates whatever the model's dtype
+        # Some routers give float32 gates whatever the model's dtype.
+        g_n = held.routed.gate_A[rows].to(m_TH.dtype) * self._layer.output_scale
+        gate_A = held.routed.gate_A if held.routed.input_gate_A is None else held.routed.input_gate_A
         valid_n, q_n = weights.valid_T[token_n], weights.q_T[token_n]
         weight_Sn = torch.stack([valid_n, valid_n * g_n**2, q_n * g_n**2, q_n * g_n, (q_n * g_n) ** 2])
         value_nVC = self._channel_values(experts, held, m_TH[token_n])
@@ -165,7 +186,7 @@ class LayerRecorder:
         f_sq_norm_n = hidden_S_nH[1].sum(dim=-1)
         f_norm_n = f_sq_norm_n.sqrt()
         gf_norm_n = g_n * f_norm_n
-        of_row_nS = torch.stack([torch.ones_like(g_n), g_n, f_norm_n, f_sq_norm_n, gf_norm_n,
+        of_row_nS = torch.stack([torch.ones_like(g_n), gate_A[rows].to(g_n.dtype), f_norm_n, f_sq_norm_n, gf_norm_n,
                                  weights.change_T[token_n] * gf_norm_n, weight_Sn[2] * f_sq_norm_n], dim=1)  # fmt: skip
 
         # One product for a few experts at once, with a row that marks the tokens of each: fewer, longer operations.

@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from moeprune.calibration.expert_gradients import ExpertGradients, block_local_gradients
 from moeprune.calibration.recorder import at_least_float32
@@ -14,6 +13,7 @@ from moeprune.calibration.tensor_files import load_fields, save_fields
 from moeprune.calibration.windows import TokenWindows
 from moeprune.errors import InputError
 from moeprune.models.adapter import moe_layers
+from moeprune.models.streaming import Model, skeleton
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class ReleasedAttributionPass:
                 f"clip_quantile={self.clip_quantile} is not possible.", change="Use a number above 0 up to 1, or null."
             )
 
-    def __call__(self, model: PreTrainedModel, windows: TokenWindows, batch_size: int) -> ReleasedAttribution:
-        attribution_L: list[Tensor | None] = [None] * len(moe_layers(model))
+    def __call__(self, model: Model, windows: TokenWindows, batch_size: int) -> ReleasedAttribution:
+        attribution_L: list[Tensor | None] = [None] * len(moe_layers(skeleton(model)))
 
         def receive(gradients: ExpertGradients) -> None:
             before_EC, batch_EC = attribution_L[gradients.layer], self._batch_EC(gradients)
