@@ -1,11 +1,16 @@
 """Walking layer by layer gives bit for bit what the model computes, and leaves the model as it was."""
 
+import math
+
 import pytest
 import torch
 
 from moeprune.calibration.windows import TokenWindows
+from moeprune.errors import InputError
 from moeprune.models.adapter import decoder_layers, moe_layers
-from moeprune.models.layer_walk import walk_layers
+from moeprune.models.layer_walk import each_layer, on_every_share, walk_layers
+from moeprune.models.streaming import stream_dense
+from moeprune.models.workspace import IN_MEMORY, Workspace
 
 
 @pytest.fixture(params=["no padding", "padding at the end", "padding at the start"])
@@ -41,9 +46,9 @@ def test_hidden_states_are_those_of_the_model_bit_for_bit(tiny_model, model_name
     assert len(expected) == (3 if model_name == "deepseek_v2" else 2)
     layers = [layer for _, layer in decoder_layers(tiny_model)]
     walked = []
-    for layer, outputs in walk_layers(tiny_model, batches, "walk"):
-        walked.append(layer)
-        results = list(outputs)
+    for visit in walk_layers(tiny_model, batches, "walk"):
+        walked.append(visit.layer)
+        results = list(visit.outputs)
         for (valid_T, y_TH), (_, mask_BS), of_model in zip(results, batches, expected[len(walked) - 1], strict=True):
             assert torch.equal(y_TH, of_model)
             assert torch.equal(valid_T, mask_BS.flatten().bool())
@@ -56,29 +61,32 @@ def test_batches_that_nobody_asks_for_are_run_all_the_same(tiny_model, random_wi
     batches = random_windows.batches(2)
     expected = outputs_of_the_model(tiny_model, batches)
     *before, last = decoder_layers(tiny_model)
-    for layer, outputs in walk_layers(tiny_model, batches, "walk"):
-        if layer is last[1]:
+    for visit in walk_layers(tiny_model, batches, "walk"):
+        if visit.layer is last[1]:
             assert all(
-                torch.equal(y_TH, of_model) for (_, y_TH), of_model in zip(outputs, expected[len(before)], strict=True)
+                torch.equal(y_TH, of_model)
+                for (_, y_TH), of_model in zip(visit.outputs, expected[len(before)], strict=True)
             )
         elif asked:
-            next(outputs)
+            next(visit.outputs)
 
 
 @torch.no_grad()
 def test_a_layer_may_change_when_its_outputs_are_used_up(tiny_model, random_windows):
     batches = random_windows.batches(2)
     expected = outputs_of_the_model(tiny_model, batches)
-    for depth, (layer, outputs) in enumerate(walk_layers(tiny_model, batches, "walk")):
-        assert all(torch.equal(y, of_model) for (_, y), of_model in zip(outputs, expected[depth], strict=True))
-        for parameter in layer.parameters():
+    for visit in walk_layers(tiny_model, batches, "walk"):
+        assert all(
+            torch.equal(y, of_model) for (_, y), of_model in zip(visit.outputs, expected[visit.depth], strict=True)
+        )
+        for parameter in visit.layer.parameters():
             parameter.zero_()
 
 
 def test_the_model_is_left_as_it_was(tiny_model, random_windows):
     before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
     logits = tiny_model(random_windows.input_ids_NT).logits
-    for _layer, _outputs in walk_layers(tiny_model, random_windows.batches(2), "walk"):
+    for _visit in walk_layers(tiny_model, random_windows.batches(2), "walk"):
         break
     assert all("forward" not in vars(layer) for _, layer in decoder_layers(tiny_model))
     assert torch.equal(tiny_model(random_windows.input_ids_NT).logits, logits)
@@ -86,5 +94,123 @@ def test_the_model_is_left_as_it_was(tiny_model, random_windows):
 
 
 def test_moe_layers_are_among_the_walked(tiny_model, random_windows):
-    walked = [layer for layer, _ in walk_layers(tiny_model, random_windows.batches(5), "walk")]
+    walked = [visit.layer for visit in walk_layers(tiny_model, random_windows.batches(5), "walk")]
     assert all(any(layer.decoder_layer is one for one in walked) for layer in moe_layers(tiny_model))
+
+
+def walked_outputs(model, batches, *, workspace=IN_MEMORY, change=None, propagate="dense", shares=False):
+    """What every layer gave, as {depth: [y_TH of each batch]}; ``change(layer)`` comes after the outputs."""
+    seen = {}
+    for visit in walk_layers(model, batches, "walk", workspace, propagate):
+        if shares:
+            parts = on_every_share(visit.shares, lambda share: [y_TH for _, y_TH in share.outputs])
+            seen[visit.depth] = [y_TH for part in parts for y_TH in part]
+        else:
+            seen[visit.depth] = [y_TH for _, y_TH in visit.outputs]
+        if change is not None:
+            change(visit.layer)
+    return seen
+
+
+def assert_same_outputs(actual, expected):
+    assert actual.keys() == expected.keys()
+    for depth, outputs in expected.items():
+        assert all(torch.equal(a, b) for a, b in zip(actual[depth], outputs, strict=True))
+
+
+@torch.no_grad()
+def halve_experts(layer):
+    for module in layer.modules():
+        if isinstance(getattr(module, "gate_up_proj", None), torch.Tensor):
+            module.down_proj.mul_(0.5)
+
+
+def test_changed_layers_are_seen_by_the_later_ones_if_asked_for(build_model, model_name, windows):
+    """What layer N gives is what the model gives there when the layers before it are changed, and it is not."""
+    batches = windows.batches(2)
+    seen = walked_outputs(build_model(model_name, torch.float32), batches, change=halve_experts, propagate="changed")
+    model = build_model(model_name, torch.float32)
+    for depth, (_, layer) in enumerate(decoder_layers(model)):
+        expected = outputs_of_the_model(model, batches)[depth]
+        assert all(torch.equal(a, b) for a, b in zip(seen[depth], expected, strict=True))
+        halve_experts(layer)
+
+
+@pytest.mark.parametrize("propagate", ["dense", "changed"])
+def test_several_devices_compute_what_one_does(tiny_model, tiny_checkpoint, random_windows, propagate):
+    """Two replicas on the CPU, a thread each."""
+    batches = random_windows.batches(1)
+    two = stream_dense(tiny_checkpoint, torch.float32, (torch.device("cpu"),) * 2)
+    seen = walked_outputs(two, batches, change=halve_experts, propagate=propagate, shares=True)
+    assert_same_outputs(seen, walked_outputs(tiny_model, batches, change=halve_experts, propagate=propagate))
+
+
+def test_batches_are_split_evenly_over_devices(tiny_checkpoint, random_windows):
+    two = stream_dense(tiny_checkpoint, torch.float32, (torch.device("cpu"),) * 2)
+    visit = next(walk_layers(two, random_windows.batches(1), "walk"))
+    assert [share.batches for share in visit.shares] == [range(2), range(2, 5)]
+    assert visit.shares[0].layer is visit.layer
+    assert visit.shares[1].layer is not visit.layer
+
+
+def test_replicas_are_dropped_with_their_layer(tiny_checkpoint, random_windows):
+    two = stream_dense(tiny_checkpoint, torch.float32, (torch.device("cpu"),) * 2)
+    for visit in walk_layers(two, random_windows.batches(1), "walk"):
+        replica = visit.shares[1].layer
+        assert not any(parameter.is_meta for parameter in replica.parameters())
+        next(visit.outputs)
+    assert all(parameter.is_meta for parameter in replica.parameters())
+
+
+@pytest.mark.parametrize("propagate", ["dense", "changed"])
+def test_a_streamed_model_is_walked_as_one_in_memory(tiny_model, tiny_checkpoint, windows, propagate):
+    batches = windows.batches(2)
+    streamed = stream_dense(tiny_checkpoint, torch.float32, (torch.device("cpu"),))
+    seen = walked_outputs(streamed, batches, change=halve_experts, propagate=propagate)
+    assert_same_outputs(seen, walked_outputs(tiny_model, batches, change=halve_experts, propagate=propagate))
+    assert all(parameter.is_meta for _, layer in decoder_layers(streamed.model) for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("activations_gib", [0, math.inf])
+@pytest.mark.parametrize("propagate", ["dense", "changed"])
+def test_an_interrupted_walk_goes_on_where_it_stopped(
+    build_model, model_name, random_windows, tmp_path, propagate, activations_gib
+):
+    batches = random_windows.batches(2)
+    whole = walked_outputs(build_model(model_name, torch.float32), batches, change=halve_experts, propagate=propagate)
+    model, finished = build_model(model_name, torch.float32), []
+
+    def fail_at_the_last(layer):
+        if layer is list(decoder_layers(model))[-1][1]:
+            raise KeyboardInterrupt
+        halve_experts(layer)
+        finished.append(layer)
+
+    workspace = Workspace(tmp_path / "walk", activations_gib)
+    with pytest.raises(KeyboardInterrupt):
+        walked_outputs(model, batches, workspace=workspace, change=fail_at_the_last, propagate=propagate)
+    assert workspace.depth == len(finished) == len(whole) - 1
+    seen = walked_outputs(
+        build_model(model_name, torch.float32), batches, workspace=workspace, change=halve_experts, propagate=propagate
+    )
+    assert_same_outputs(seen, {len(whole) - 1: whole[len(whole) - 1]})
+    assert not walked_outputs(model, batches, workspace=workspace, propagate=propagate)
+
+
+@pytest.mark.parametrize("other", ["other tokens", "other batches", "another purpose"])
+def test_a_walk_does_not_go_on_from_the_state_of_another(tiny_model, random_windows, tmp_path, other):
+    walked_outputs(tiny_model, random_windows.batches(2), workspace=Workspace(tmp_path))
+    ids_NT = random_windows.input_ids_NT.roll(1) if other == "other tokens" else random_windows.input_ids_NT
+    batches = TokenWindows(ids_NT, random_windows.mask_NT).batches(3 if other == "other batches" else 2)
+    with pytest.raises(InputError, match="Use an empty folder"):
+        next(walk_layers(tiny_model, batches, "refit" if other == "another purpose" else "walk", Workspace(tmp_path)))
+
+
+def test_each_layer_comes_once_and_from_the_workspaces_depth_on(tiny_model, tmp_path):
+    expected = [(depth, name, layer) for depth, (name, layer) in enumerate(decoder_layers(tiny_model))]
+    assert list(each_layer(tiny_model, "cut")) == expected
+    layers = each_layer(tiny_model, "cut", Workspace(tmp_path))
+    assert [next(layers), next(layers)] == expected[:2]
+    layers.close()
+    assert list(each_layer(tiny_model, "cut", Workspace(tmp_path))) == expected[1:]
+    assert list(each_layer(tiny_model, "cut", Workspace(tmp_path))) == []

@@ -1,14 +1,24 @@
 """A model as the user names it: loading, identity by content, and errors before anything is computed."""
 
 import dataclasses
+import logging
 import shutil
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from moeprune.errors import InputError, ModelError
+from moeprune.evaluation.perplexity import perplexity
+from moeprune.models import source as source_module
+from moeprune.models.adapter import moe_layers
+from moeprune.models.checkpoint import save_compressed
 from moeprune.models.source import ModelSource
+from moeprune.models.streaming import StreamedModel
+from moeprune.surgery.prune import prune
+from moeprune.types import Plan
 
 # For what does not depend on the family.
 one_model = pytest.mark.parametrize("model_name", ["deepseek_v2"])
@@ -55,14 +65,14 @@ def test_identity_follows_content_and_precision_and_not_place_or_storage(source,
 def test_a_truncated_checkpoint_is_a_model_error(source, tiny_checkpoint):
     file = tiny_checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
         source.load()
 
 
 @one_model
 def test_a_missing_checkpoint_is_a_model_error(source, tiny_checkpoint):
     (tiny_checkpoint / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
         source.load()
 
 
@@ -94,3 +104,78 @@ def test_a_gpu_that_is_not_there_is_an_input_error(source):
 def test_what_is_no_device_is_an_input_error(source, device):
     with pytest.raises(InputError, match=f"model.device={device}"):
         _ = dataclasses.replace(source, device=device).placement
+
+
+class TestStreaming:
+    @pytest.fixture
+    def free_bytes(self, monkeypatch):
+        """``set_free(bytes)``: what the device is said to have left."""
+        return lambda count: monkeypatch.setattr(source_module, "_free_bytes", lambda _device: count)
+
+    @one_model
+    def test_a_model_is_streamed_when_it_takes_too_much_of_the_memory(
+        self, source, tiny_model, free_bytes, caplog
+    ):
+        caplog.set_level(logging.INFO)
+        takes = sum(tensor.nbytes for tensor in tiny_model.state_dict().values())
+        free_bytes(int(takes / 0.59))
+        assert isinstance(source.load(), PreTrainedModel)
+        free_bytes(int(takes / 0.61))
+        assert isinstance(source.load(), StreamedModel)
+        # Half the bytes in half the precision.
+        assert isinstance(dataclasses.replace(source, compute_dtype="bfloat16").load(), PreTrainedModel)
+        assert "fits in memory" in caplog.text
+        assert "is streamed" in caplog.text
+
+    @one_model
+    def test_always_and_never_do_not_ask_for_the_memory(self, source, free_bytes):
+        free_bytes(None)
+        assert isinstance(dataclasses.replace(source, streaming="always").load(), StreamedModel)
+        assert isinstance(dataclasses.replace(source, streaming="never").load(), PreTrainedModel)
+
+    @one_model
+    def test_compressed_models_are_streamed_alike(self, source, tiny_model, byte_tokenizer, tmp_path, random_windows):
+        layers = moe_layers(tiny_model)
+        kept = tuple(tuple(torch.arange(8) for _ in range(layer.expert_count)) for layer in layers)
+        save_compressed(prune(tiny_model, Plan(kept, layers[0].widths[0])), byte_tokenizer, tmp_path, torch.float32)
+        streamed = dataclasses.replace(source, streaming="always").load_compressed(tmp_path)
+        whole = dataclasses.replace(source, streaming="never").load_compressed(tmp_path)
+        assert isinstance(streamed, StreamedModel)
+        values = [perplexity(model, random_windows, 2, "text") for model in (streamed, whole)]
+        assert values[0] == values[1]
+
+    @one_model
+    def test_how_a_model_is_loaded_does_not_change_its_identity(self, source):
+        other = dataclasses.replace(source, streaming="always", activations_gib=0.0, device="cpu")
+        assert other.identity() == source.identity()
+
+    @one_model
+    @pytest.mark.parametrize(
+        ("setting", "value"), [("streaming", "sometimes"), ("streaming", True), ("activations_gib", -1.0)]
+    )
+    def test_settings_that_do_not_exist_are_input_errors(self, source, setting, value):
+        with pytest.raises(InputError, match=f"model.{setting}={value}"):
+            dataclasses.replace(source, **{setting: value})
+
+    @one_model
+    def test_streaming_stays_on_the_device_that_was_named(self, source):
+        assert source.placements == (torch.device("cpu"),)
+
+    def test_a_containers_limit_counts(self, tmp_path, monkeypatch):
+        limit = tmp_path / "memory.max"
+        monkeypatch.setattr(source_module, "MEMORY_LIMIT", limit)
+        unlimited = source_module._free_bytes(torch.device("cpu"))
+        limit.write_text("max\n")
+        assert source_module._free_bytes(torch.device("cpu")) == pytest.approx(unlimited, rel=0.5)
+        limit.write_text(f"{psutil.Process().memory_info().rss + 2**26}\n")
+        assert source_module._free_bytes(torch.device("cpu")) < 2**27
+
+
+@one_model
+@pytest.mark.parametrize("streaming", ["always", "never"])
+def test_a_missing_tensor_is_a_model_error(source, tiny_checkpoint, streaming):
+    tensors = load_file(tiny_checkpoint / "model.safetensors")
+    del tensors["model.layers.0.self_attn.o_proj.weight"]
+    save_file(tensors, tiny_checkpoint / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.layers\.0\.self_attn\.o_proj\.weight"):
+        dataclasses.replace(source, streaming=streaming).load()

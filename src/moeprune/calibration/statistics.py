@@ -1,28 +1,31 @@
 """Sufficient statistics about routed tokens: one forward pass, no backward, for every scorer at once."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-from tqdm import tqdm
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from moeprune.calibration.recorder import LayerRecorder
 from moeprune.calibration.windows import TokenWindows
-from moeprune.models.adapter import moe_layers
+from moeprune.models.adapter import MoeLayer, decoder_layers, moe_layers
+from moeprune.models.layer_walk import Share, on_every_share, walk_layers
+from moeprune.models.stored import StoredTensor, stored_tensors
+from moeprune.models.streaming import Model, skeleton
+from moeprune.models.workspace import IN_MEMORY, Workspace
 
 
 @dataclass(frozen=True)
 class Statistics:
     """Sums over calibration tokens; float64, padding excluded. Sums of an expert run over the tokens routed to it.
 
-    Symbols: gate g, expert input x, channel activation h = act(gate) * up, expert output f, routed output
-    m = sum g f, layer output y, q = 1 / (||y||^2 + eps), w_c the down-projection column of channel c.
+    Symbols: gate g (the weight with which f enters y), expert input x, channel activation h = act(gate) * up, expert
+    output f, routed output m = sum g f, layer output y, q = 1 / (||y||^2 + eps), w_c the down-projection column of
+    channel c.
     """
 
     tokens: Tensor  # [] number of calibration tokens
@@ -69,29 +72,77 @@ class Statistics:
             return cls(**{field.name: stored.get_tensor(field.name) for field in fields(cls)})
 
 
-@torch.no_grad()
-def collect_statistics(model: PreTrainedModel, windows: TokenWindows, batch_size: int) -> Statistics:
+def collect_statistics(
+    model: Model, windows: TokenWindows, batch_size: int, workspace: Workspace = IN_MEMORY
+) -> Statistics:
     """Run every calibration window once through the model without its head, and record all MoE layers.
 
-    The model is left as it was. Cost: one forward pass plus about a third of the routed experts' multiplications.
+    The model is left as it was. Cost: one forward pass plus about a third of the routed experts' multiplications. With
+    a folder the sums of each finished layer lie in ``workspace.folder / "statistics-N.safetensors"`` until the end.
     """
-    recorders = [LayerRecorder(layer) for layer in moe_layers(model)]
-    device = next(model.parameters()).device
-    with ExitStack() as recordings:
-        for recorder in recorders:
-            recordings.enter_context(recorder.recording())
-        for input_ids_BT, mask_BT in tqdm(windows.batches(batch_size), desc="statistics", unit="batch"):
-            input_ids_BT, mask_BT = input_ids_BT.to(device), mask_BT.to(device)
-            for recorder in recorders:
-                recorder.expect(mask_BT.flatten().bool())
-            model.base_model(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False)
-    return _stacked(windows.token_count, recorders)
+    moe_layer_in = {layer.decoder_layer: layer for layer in moe_layers(skeleton(model))}
+    batches = windows.batches(batch_size)
+    kept = _KeptSums(workspace.folder)
+    for visit in walk_layers(model, batches, "statistics", workspace):
+        if visit.layer in moe_layer_in:
+            layer = moe_layer_in[visit.layer]
+            recorders = on_every_share(visit.shares, partial(_recorded, layer, batches))
+            for other in recorders[1:]:
+                recorders[0].absorb(other)
+            kept.keep(visit.depth, recorders[0].sums())
+    decoders = [layer for _, layer in decoder_layers(skeleton(model))]
+    depths = [depth for depth, layer in enumerate(decoders) if layer in moe_layer_in]
+    return _stacked(windows.token_count, [kept.layer(depth) for depth in depths])
 
 
-def _stacked(tokens: int, recorders: Sequence[LayerRecorder]) -> Statistics:
-    layers = [recorder.sums() for recorder in recorders]
-    names = {name: _with_layer_axis(name) for name in layers[0]}
-    stacked = {field: torch.stack([sums[name] for sums in layers]) for name, field in names.items()}
+@torch.no_grad()
+def _recorded(layer: MoeLayer, batches: Sequence[tuple[Tensor, Tensor]], share: Share) -> LayerRecorder:
+    """A recorder that saw the batches of one device pass ``layer``, or its replica there."""
+    router, experts = (_counterpart(layer, part, share.layer) for part in (layer.router, layer.experts))
+    recorder = LayerRecorder(MoeLayer(layer.name, share.layer, router, experts))
+    device = next(experts.parameters()).device
+    with recorder.recording():
+        for batch in share.batches:
+            recorder.expect(batches[batch][1].flatten().bool().to(device))
+            next(share.outputs)
+    return recorder
+
+
+def _counterpart(layer: MoeLayer, part: nn.Module, replica: nn.Module) -> nn.Module:
+    """The module of a replica of the decoder layer at the place of ``part``."""
+    return replica.get_submodule(next(name for name, one in layer.decoder_layer.named_modules() if one is part))
+
+
+class _KeptSums:
+    """The sums of each layer, in files where there is a folder."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._in_memory: dict[int, dict[str, Tensor]] = {}
+
+    def keep(self, depth: int, sums: dict[str, Tensor]) -> None:
+        if self._folder is None:
+            self._in_memory[depth] = sums
+            return
+        partial_file = self._file(self._folder, depth).with_suffix(".partial")
+        save_file({name: values.contiguous() for name, values in sums.items()}, partial_file)
+        partial_file.rename(self._file(self._folder, depth))
+
+    def layer(self, depth: int) -> dict[str, StoredTensor] | dict[str, Tensor]:
+        """What was kept of the layer. Raises ModelError when its file is not there."""
+        return self._in_memory[depth] if self._folder is None else stored_tensors(self._file(self._folder, depth))
+
+    def _file(self, folder: Path, depth: int) -> Path:
+        return folder / f"statistics-{depth}.safetensors"
+
+
+def _stacked(tokens: int, layers: Sequence[Mapping[str, StoredTensor | Tensor]]) -> Statistics:
+    stacked = {}
+    for name in layers[0]:
+        of_layers = [layer[name] for layer in layers]
+        stacked[_with_layer_axis(name)] = torch.stack(
+            [values if isinstance(values, Tensor) else values.read() for values in of_layers]
+        )
     return Statistics(tokens=torch.tensor(tokens, dtype=torch.float64), **stacked)
 
 

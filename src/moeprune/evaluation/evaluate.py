@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from moeprune.calibration.sample import TextSource
 from moeprune.calibration.windows import TokenWindows, windows_of_text
 from moeprune.errors import InputError, require_positive
 from moeprune.evaluation.perplexity import perplexity
 from moeprune.evaluation.tasks import require_known_tasks, task_accuracies
+from moeprune.models.streaming import Model
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Evaluation:
         self.token_windows(tokenizer)
         require_known_tasks(self.tasks)
 
-    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    def __call__(self, model: Model, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """``{"perplexity", "perplexity_tokens", "mean_perplexity", "tasks"}``; the mean is geometric over texts."""
         values, tokens = {}, {}
         for name, windows in self.token_windows(tokenizer).items():

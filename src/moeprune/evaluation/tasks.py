@@ -1,4 +1,4 @@
-"""lm-eval tasks on a model in memory; those that ship with the package need no network."""
+"""lm-eval tasks on a model; those that ship with the package need no network."""
 
 import os
 from collections.abc import Sequence
@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from moeprune.errors import InputError
+from moeprune.models.streaming import Model, StreamedModel
 
 # Only metrics that are no plain mean are bootstrapped.
 BOOTSTRAP_SAMPLES = 1000
@@ -32,22 +33,20 @@ def require_known_tasks(tasks: Sequence[str]) -> None:
 
 
 def task_accuracies(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], items: int | None, batch_size: int
+    model: Model, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], items: int | None, batch_size: int
 ) -> dict[str, dict[str, float]]:
     """``{task: {"accuracy", "stderr", "n"}}`` with lm-eval's own standard error of the mean.
 
-    Raises InputError for a task that lm-eval does not know.
+    Raises InputError for a task that lm-eval does not know, or that generates text when the model is streamed.
     """
     if not tasks:
         return {}
     # lm-eval takes seconds to import, and only evaluation needs it.
     from lm_eval import evaluate
-    from lm_eval.models.huggingface import HFLM
 
     shipped = set(shipped_tasks())
     manager = _task_manager(tasks)
-    limit = model.config.max_position_embeddings
-    language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=limit)
+    language_model = _language_model(model, tokenizer, batch_size)
     if os.environ.get("TQDM_DISABLE"):  # lm-eval's own bars do not heed it
         language_model.loglikelihood = partial(language_model.loglikelihood, disable_tqdm=True)
     accuracies = {}
@@ -61,6 +60,17 @@ def task_accuracies(
         samples = sum(part["effective"] for part in answers["n-samples"].values())  # a group has several parts
         accuracies[task] = _accuracy(task, answers["results"][task], samples)
     return accuracies
+
+
+def _language_model(model: Model, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    from moeprune.evaluation.streamed_tasks import StreamedLM
+
+    limit = model.config.max_position_embeddings
+    if isinstance(model, StreamedModel):
+        return StreamedLM(model, tokenizer, batch_size, limit)
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=limit)
 
 
 def _task_manager(tasks: Sequence[str]) -> Any:

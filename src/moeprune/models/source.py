@@ -1,18 +1,36 @@
 """A model as the user names it: where it comes from, in which precision it is kept and computed, how it may be cut."""
 
 import hashlib
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from moeprune.errors import InputError, ModelError
+from moeprune.errors import InputError, ModelError, require_choice
 from moeprune.models.adapter import moe_layers
+from moeprune.models.checkpoint_reader import checkpoint_tensors, load_compressed
+from moeprune.models.expected import require_expected
+from moeprune.models.families import to_contract
 from moeprune.models.shape import local_folder, weight_files
+from moeprune.models.stored import StoredTensor, stored_tensors
+from moeprune.models.streaming import Model, skeleton, stream_compressed, stream_dense
+
+log = logging.getLogger(__name__)
+
+AUTO, ALWAYS, NEVER = "auto", "always", "never"
+# A model that takes more of the free memory than this is streamed: activations and statistics need the rest.
+LARGEST_SHARE_OF_MEMORY = 0.6
+# Where Linux says how much memory the processes of a container may use.
+MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 # Files up to this size are identified by their content, larger ones by header, size and time of change.
 WHOLE_FILE_BYTES = 64 * 2**20
@@ -27,6 +45,15 @@ class ModelSource:
 
     ``dtype`` is what weights are stored in (and bytes counted in), ``compute_dtype`` what the forward pass uses.
     ``alignment`` and ``minimum_width`` are the model's default block and least expert width, in channels.
+
+    ``streaming`` says whether decoder layers stay on disk and come into memory one at a time: ``always``, ``never``, or
+    ``auto``, which does so when the weights take more than 60% of the free memory. Results are the same bit for bit.
+    ``activations_gib`` is how much of the hidden states a walk over streamed layers keeps in memory; the rest is read
+    from files. ``device`` "auto" and "cuda" are the first GPU, and all of them where layers are streamed.
+
+    ``expected`` are facts that the checkpoint's config must have; they fix all shapes.
+
+    Raises InputError for settings that do not exist.
     """
 
     name: str
@@ -37,6 +64,16 @@ class ModelSource:
     minimum_width: int
     device: str = "auto"
     revision: str | None = None
+    streaming: str = AUTO
+    activations_gib: float = 4.0
+    expected: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        require_choice("model.streaming", str(self.streaming), (AUTO, ALWAYS, NEVER))
+        if not self.activations_gib >= 0:
+            raise InputError(
+                f"model.activations_gib={self.activations_gib} is not possible.", change="Use a number like 4."
+            )
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -66,6 +103,14 @@ class ModelSource:
             )
         return device
 
+    @property
+    def placements(self) -> tuple[torch.device, ...]:
+        """The devices that compute when layers are streamed: every GPU unless one is named. Raises InputError."""
+        first = self.placement
+        if first.type == "cuda" and first.index is None:
+            return tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+        return (first,)
+
     def folder(self) -> Path:
         """The local folder, downloaded from the hub where needed. Raises InputError or ModelError."""
         local = local_folder(self.path)
@@ -89,15 +134,61 @@ class ModelSource:
             digest.update(file.name.encode() + b"\0" + _file_digest(file))
         return {"content": digest.hexdigest(), "compute_dtype": self.compute_dtype}
 
-    def load(self) -> PreTrainedModel:
+    def load(self) -> Model:
         """The dense model for inference. Raises ModelError when it is damaged or has no routed experts."""
         folder = self.folder()
+        require_expected(folder, self.expected)
+        model: Model
+        if self.streams():
+            model = stream_dense(folder, self.computation_dtype, self.placements, self.activations_gib)
+        else:
+            model = self._in_memory(folder)
+        moe_layers(skeleton(model))
+        return model
+
+    def streams(self) -> bool:
+        """Whether `load` gives a model whose decoder layers stay on disk. Raises ModelError for a damaged file."""
+        folder = self.folder()
+        tensors = [tensor for file in weight_files(folder) for tensor in stored_tensors(file).values()]
+        return self._streams(folder, tensors)
+
+    def load_compressed(self, folder: Path) -> Model:
+        """A compressed form of this model for inference, computing where and as this one does.
+
+        Raises ModelError when it is damaged.
+        """
+        if self._streams(folder, checkpoint_tensors(folder).values()):
+            return stream_compressed(folder, self.computation_dtype, self.placements, self.activations_gib)
+        model: torch.nn.Module = load_compressed(folder, self.computation_dtype)
+        return model.to(self.placement)  # type: ignore[return-value]
+
+    def _in_memory(self, folder: Path) -> PreTrainedModel:
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.computation_dtype, local_files_only=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=self.computation_dtype, local_files_only=True, output_loading_info=True
+            )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"The checkpoint in {folder} cannot be loaded: {error}") from error
-        moe_layers(model)
-        return model.to(self.placement).eval()  # type: ignore[arg-type]
+        model, info = loaded
+        if info["missing_keys"]:
+            raise ModelError(
+                f"The checkpoint in {folder} cannot be loaded: it lacks {', '.join(sorted(info['missing_keys'])[:3])}."
+            )
+        to_contract(model)
+        return model.to(self.placement).eval()
+
+    def _streams(self, folder: Path, tensors: Iterable[StoredTensor]) -> bool:
+        if self.streaming != AUTO:
+            return self.streaming == ALWAYS
+        needed = sum(_bytes_in_memory(tensor, self.computation_dtype) for tensor in tensors)
+        free = _free_bytes(self.placement)
+        streams = needed > LARGEST_SHARE_OF_MEMORY * free
+        log.info(
+            "%s %s: its weights take %.1f GiB in %s, and %.1f GiB are free on %s",
+            folder, "is streamed" if streams else "fits in memory", needed / 2**30, self.compute_dtype,
+            free / 2**30, self.placement,
+        )  # fmt: skip
+        return streams
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.folder(), local_files_only=True)
@@ -110,3 +201,18 @@ def _file_digest(file: Path) -> bytes:
     with file.open("rb") as stream:
         head = stream.read(HEAD_BYTES)
     return hashlib.sha256(head + f"{status.st_size} {status.st_mtime_ns}".encode()).digest()
+
+
+def _bytes_in_memory(tensor: StoredTensor, dtype: torch.dtype) -> int:
+    return prod(tensor.shape) * (dtype if tensor.dtype.is_floating_point else tensor.dtype).itemsize
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory that is left on the device; on the CPU also to the container, where Linux limits one."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    try:
+        return min(free, int(MEMORY_LIMIT.read_text()) - psutil.Process().memory_info().rss)
+    except (OSError, ValueError):  # no limit
+        return free
