@@ -1,164 +1,143 @@
-"""Writes and reads compressed models: config, tokenizer, safetensors of the true shapes, and their structure as JSON.
-
-config.json            the family's own config
-structure.json         widths of the experts of each MoE layer, where router rows lead, which matrices are in four bits
-model.safetensors      the weights
-"""
+"""Writes compressed checkpoints, whole or one decoder layer at a time; `checkpoint_files` says what lies where."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from moeprune.errors import InputError, ModelError
+from moeprune.models.adapter import decoder_layers
+from moeprune.models.checkpoint_code import write_code
+from moeprune.models.checkpoint_files import (
+    CONFIG,
+    INDEX,
+    REST,
+    layer_file,
+    layer_metadata,
+    merged,
+    never_rounded,
+    read_layer_metadata,
+    save_tensors,
+    save_text,
+    stored_precision,
+    structure_of,
 )
-
-from moeprune.errors import ModelError
-from moeprune.models.adapter import MoeLayer, keep_router_rows, moe_layers
-from moeprune.models.four_bit import FourBitWeights, quantized_module, quantized_shape, stored_four_bit_linear
-from moeprune.models.ragged import PackedWeights, RaggedExperts
-
-STRUCTURE = "structure.json"
-WEIGHTS = "model.safetensors"
+from moeprune.models.eight_bit import OUTLIER
+from moeprune.models.four_bit import four_bit_modules
+from moeprune.models.quantized import quantized_modules
+from moeprune.models.stored import stored_tensors
 
 
-@dataclass(frozen=True)
-class Structure:
-    """How a compressed model differs from its family's, by module name.
+class CheckpointWriter:
+    """Writes a pruned, perhaps quantised model into an existing folder, layer by layer; unquantised weights in
+    ``dtype``.
 
-    ``widths`` of the stored experts; ``quantized``, the shapes [out, in] of the matrices in four bits; ``slot_of_row``
-    of the layers where router row i does not lead to expert i; ``biased``, the layers whose router rows have a bias.
+    A layer's file appears when it is complete. Layers may come in any order and from several processes: a writer for a
+    folder that holds some already goes on. Buffers, scales of quantised matrices, and weights that the family never
+    rounds below float32 keep their precision.
     """
 
-    widths: Mapping[str, tuple[int, ...]]
-    quantized: Mapping[str, tuple[int, int]]
-    slot_of_row: Mapping[str, tuple[int, ...]]
-    biased: tuple[str, ...]
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        self.folder = folder
+        self.dtype = dtype
 
+    def add_layer(self, depth: int, name: str, layer: nn.Module) -> None:
+        """Write decoder layer ``name`` (``model.layers.3``), number ``depth``, whose weights are in memory.
 
-def structure_of(model: nn.Module) -> Structure:
-    """The structure of a model in memory whose experts are ragged."""
-    quantized = {
-        name: quantized_shape(module) for name, module in model.named_modules() if isinstance(module, Linear4bit)
-    }
-    layers = moe_layers(model)
-    return Structure(
-        widths={layer.name: layer.stored_widths for layer in layers},
-        quantized=quantized,
-        slot_of_row={layer.name: layer.experts.slot_of_row for layer in layers if not layer.experts.rows_are_slots},
-        biased=tuple(layer.name for layer in layers if layer.experts.bias_EH is not None),
-    )
+        Raises InputError when its experts are not cut yet.
+        """
+        for part_name, part in layer.named_modules():
+            if isinstance(getattr(part, "gate_up_proj", None), nn.Parameter):
+                raise InputError(
+                    f"The experts {name}.{part_name} are still the family's dense ones.",
+                    change="Cut the model first; where nothing is to be removed, with allocator=keep_all.",
+                )
+        tensors = _stored(layer, f"{name}.", self.dtype)
+        save_tensors(self.folder / layer_file(depth), tensors, layer_metadata(name, structure_of(layer, f"{name}.")))
+
+    def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write what is outside the decoder layers of ``model``, the tokenizer, the code, the index, then the config.
+
+        The decoder layers of ``model`` need not be in memory. Raises ModelError when the file of one is missing.
+        """
+        layers = [name for name, _ in decoder_layers(model)]
+        structures = [self._structure(depth, name) for depth, name in enumerate(layers)]
+        inside = tuple(f"{name}." for name in layers)
+        save_tensors(self.folder / REST, _stored(model, "", self.dtype, inside), {})
+        tokenizer.save_pretrained(self.folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(self.folder)
+        files = [*(layer_file(depth) for depth in range(len(layers))), REST]
+        stored = {name: tensor for file in files for name, tensor in stored_tensors(self.folder / file).items()}
+        size = sum(prod(tensor.shape) * tensor.dtype.itemsize for tensor in stored.values())
+        index = {"metadata": {"total_size": size}, "weight_map": {name: t.file.name for name, t in stored.items()}}
+        save_text(self.folder / INDEX, json.dumps(index, indent=1))
+        config = model.config.to_diff_dict() | write_code(self.folder, type(model), type(model.config))
+        config |= {"dtype": str(self.dtype).removeprefix("torch."), "pruned": merged(structures)}
+        if quantized_modules(stored):
+            config["quantization_config"] = _quantization(model, stored, config["pruned"]["widths"], self.dtype)
+        save_text(self.folder / CONFIG, json.dumps(config, indent=1))
+
+    def _structure(self, depth: int, name: str) -> dict[str, Any]:
+        file = self.folder / layer_file(depth)
+        try:
+            stored_name, structure = read_layer_metadata(file)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{self.folder} has no sound {file.name} of {name}; write that layer first.") from error
+        if stored_name != name:
+            raise ModelError(f"{file} holds {stored_name}, not {name}; use an empty folder.")
+        return structure
 
 
 def save_compressed(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype
 ) -> None:
-    """Write a pruned, perhaps quantised model into an existing folder; unquantised weights in ``dtype``."""
-    structure = structure_of(model)
-    plain = {name for name, _ in model.named_parameters() if quantized_module(name) not in structure.quantized}
-    stored: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        if tensor.numel() and tensor.data_ptr() in seen:
-            continue  # tied to a tensor that is stored already
-        seen.add(tensor.data_ptr())
-        # Scales of quantised matrices and buffers such as a router's correction bias keep their own precision.
-        stored[name] = (tensor.to(dtype) if name in plain else tensor).contiguous()
-    save_file(stored, folder / WEIGHTS, {"format": "pt"})
-    (folder / STRUCTURE).write_text(json.dumps(asdict(structure), indent=1))
-    model.config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    """Write a pruned, perhaps quantised model in memory into an existing folder, as `CheckpointWriter` does."""
+    writer = CheckpointWriter(folder, dtype)
+    for depth, (name, layer) in enumerate(decoder_layers(model)):
+        writer.add_layer(depth, name, layer)
+    writer.finish(model, tokenizer)
 
 
-def load_compressed(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A model written by `save_compressed`, computing in ``dtype``, ready for inference.
+def _stored(module: nn.Module, prefix: str, dtype: torch.dtype, elsewhere: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """What a checkpoint holds of ``module``, under names that begin with ``prefix``; tied weights once.
 
-    Raises ModelError when files are missing, damaged, or do not fit each other.
+    Names that begin with one of ``elsewhere`` are left out.
     """
-    try:
-        structure = json.loads((folder / STRUCTURE).read_text())
-        tensors = load_file(folder / WEIGHTS)
-        model = _empty_model(AutoConfig.from_pretrained(folder), dtype)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"The compressed model in {folder} is missing or damaged: {error}") from error
-    try:
-        _fill(model, structure, tensors, dtype, folder)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise ModelError(f"The weights in {folder} do not fit its {STRUCTURE} and config.json: {error}") from error
-    return model.eval()
+    parameters = {name for name, parameter in module.named_parameters() if parameter.is_floating_point()}
+    kept = never_rounded(module)
+    stored: dict[str, Tensor] = {}
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, tensor in module.state_dict().items():
+        place = (tensor.data_ptr(), tensor.shape)
+        if name.startswith(elsewhere) or (tensor.numel() and place in seen):
+            continue
+        if tensor.is_meta:
+            raise ModelError(f"{prefix}{name} is not in memory, so it cannot be written.")
+        seen.add(place)
+        tensor = tensor.to(stored_precision(name, dtype, kept)) if name in parameters else tensor
+        stored[prefix + name] = tensor.contiguous()
+    return stored
 
 
-def _fill(
-    model: PreTrainedModel, structure: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype, folder: Path
-) -> None:
-    """Give the empty model its structure and its weights."""
-    for layer in moe_layers(model):
-        in_four_bits = f"{layer.name}.weights.down" not in tensors
-        _make_ragged(model, layer, structure, in_four_bits, dtype)
-    plain: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, Tensor]] = {module: {} for module in structure["quantized"]}
-    for name, tensor in tensors.items():
-        module = quantized_module(name)
-        if module in parts:
-            parts[module][name.removeprefix(f"{module}.")] = tensor
-        else:
-            plain[name] = tensor
-    for module, stored in parts.items():
-        model.set_submodule(module, stored_four_bit_linear(stored, dtype))
-    _load_plain(model, plain, set(parts), dtype, folder)
-
-
-def _load_plain(
-    model: PreTrainedModel, plain: dict[str, Tensor], quantized: set[str], dtype: torch.dtype, folder: Path
-) -> None:
-    parameters = {name for name, _ in model.named_parameters()}
-    converted = {name: tensor.to(dtype) if name in parameters else tensor for name, tensor in plain.items()}
-    missing, unexpected = model.load_state_dict(converted, strict=False, assign=True)
-    model.tie_weights()
-    absent = [name for name in missing if quantized_module(name) not in quantized and not _is_tied(model, name)]
-    if absent or unexpected:
-        raise ModelError(f"The weights in {folder} do not fit: missing {absent[:3]}, unexpected {unexpected[:3]}.")
-
-
-def _is_tied(model: PreTrainedModel, name: str) -> bool:
-    return name in (getattr(model, "_tied_weights_keys", None) or {}) and bool(model.config.tie_word_embeddings)
-
-
-def _empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The family's model without memory for its weights; buffers that checkpoints leave out are real."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for name, module in list(model.named_modules()):
-        if module is not model and any(True for _ in module.buffers(recurse=False)) and not list(module.parameters()):
-            model.set_submodule(name, type(module)(config=config))
-    return model
-
-
-def _make_ragged(
-    model: nn.Module, layer: MoeLayer, structure: dict[str, Any], quantized: bool, dtype: torch.dtype
-) -> None:
-    """Give a layer experts of the stored shapes; older structures know neither ``slot_of_row`` nor ``biased``."""
-    widths = structure["widths"][layer.name]
-    slot_of_row = structure.get("slot_of_row", {}).get(layer.name, range(len(widths)))
-    weights: nn.Module
-    if quantized:
-        weights = FourBitWeights([nn.Identity() for _ in widths], [nn.Identity() for _ in widths])
+def _quantization(
+    model: nn.Module, names: Collection[str], widths: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> dict[str, Any]:
+    """What transformers needs to know to load the quantised matrices among the tensors ``names``."""
+    linear = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    for experts, of_slots in widths.items():
+        slots = range(len(of_slots))
+        linear |= {f"{experts}.{slot}.{part}_proj" for slot in slots for part in ("gate", "up", "down")}
+    settings: dict[str, Any] = {"llm_int8_skip_modules": sorted(linear - quantized_modules(names).keys())}
+    if four_bit_modules(names):
+        settings |= {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        settings["bnb_4bit_use_double_quant"] = any(name.endswith(".weight.nested_absmax") for name in names)
     else:
-        weights = PackedWeights(widths, layer.hidden_size, device="meta", dtype=dtype)
-    bias_EH = None
-    if layer.name in structure.get("biased", ()):
-        bias_EH = torch.empty(len(slot_of_row), layer.hidden_size, device="meta", dtype=dtype)
-    experts = RaggedExperts(weights, widths, layer.experts.act_fn, slot_of_row, bias_EH)
-    model.set_submodule(layer.name, experts)
-    keep_router_rows(layer.router, torch.arange(len(slot_of_row)))
+        settings |= {"load_in_8bit": True, "llm_int8_threshold": OUTLIER}
+    return BitsAndBytesConfig(**settings).to_dict()

@@ -1,20 +1,20 @@
-"""Linear layers and ragged experts whose weights are stored in four bits (bitsandbytes NF4)."""
+"""Linear layers whose weights are stored in four bits (bitsandbytes NF4)."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
-_OF_LINEAR = re.compile(r"(?P<module>.+)\.(?:weight(?:\..+)?|bias)$")
+_QUANT_STATE = ".weight.quant_state.bitsandbytes__nf4"
 
 
 def four_bit_linear(weight_OI: Tensor, bias_O: Tensor | None, *, block_size: int, nested: bool) -> Linear4bit:
     """A linear layer with ``weight_OI`` rounded to NF4 in blocks of ``block_size``; ``nested`` also quantises the
     scales (double quantisation)."""
-    layer = _empty_linear(weight_OI.shape[1], weight_OI.shape[0], bias_O is not None, nested, weight_OI.dtype)
+    outputs, inputs = weight_OI.shape
+    layer = empty_four_bit_linear(inputs, outputs, bias=bias_O is not None, dtype=weight_OI.dtype)
     weight: Any = Params4bit(
         weight_OI.detach().contiguous(),
         requires_grad=False,
@@ -29,53 +29,37 @@ def four_bit_linear(weight_OI: Tensor, bias_O: Tensor | None, *, block_size: int
     return layer
 
 
-def stored_four_bit_linear(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Linear4bit:
-    """The layer whose stored tensors are ``parts``: ``weight``, ``weight.absmax``, ..., perhaps ``bias``.
-
-    Computes in ``dtype``.
-    """
-    weight = parts["weight"]
-    state = {name.removeprefix("weight."): value for name, value in parts.items() if name.startswith("weight.")}
-    layer = _empty_linear(1, 1, False, "nested_absmax" in state, dtype)
-    layer.weight = Params4bit.from_prequantized(weight, state, device=weight.device, module=layer)
-    state_of_layer: Any = layer.quant_state
-    state_of_layer.dtype = dtype
-    layer.out_features, layer.in_features = state_of_layer.shape
-    if "bias" in parts:
-        layer.bias = nn.Parameter(parts["bias"].to(dtype), requires_grad=False)
+def empty_four_bit_linear(inputs: int, outputs: int, *, bias: bool, dtype: torch.dtype) -> Linear4bit:
+    """A layer without weights, on the meta device, that computes in ``dtype``."""
+    layer = Linear4bit(inputs, outputs, bias, compute_dtype=dtype, quant_type="nf4", device="meta")
+    if bias:
+        layer.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
     return layer
 
 
-def quantized_module(tensor_name: str) -> str | None:
-    """The module that a stored tensor belongs to if that module is quantised: ``a.b`` for ``a.b.weight.absmax``."""
-    match = _OF_LINEAR.match(tensor_name)
-    return match["module"] if match else None
+def fill_four_bit_linear(layer: Linear4bit, parts: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Give the layer its stored tensors ``parts``: ``weight``, ``weight.absmax``, ..., perhaps ``bias``.
+
+    Raises ValueError when they are of another shape.
+    """
+    weight = parts["weight"]
+    state = {name.removeprefix("weight."): value for name, value in parts.items() if name.startswith("weight.")}
+    layer.weight = Params4bit.from_prequantized(weight, state, device=weight.device, module=layer)
+    state_of_layer: Any = layer.quant_state
+    state_of_layer.dtype = dtype
+    if tuple(state_of_layer.shape) != quantized_shape(layer):
+        raise ValueError(f"{quantized_shape(layer)} was expected, {tuple(state_of_layer.shape)} is stored")
+    if (layer.bias is not None) != ("bias" in parts):
+        raise ValueError("its bias is missing" if "bias" not in parts else "a bias is stored, none was expected")
+    if "bias" in parts:
+        layer.bias = nn.Parameter(parts["bias"].to(dtype), requires_grad=False)
 
 
-def _empty_linear(inputs: int, outputs: int, bias: bool, nested: bool, dtype: torch.dtype) -> Linear4bit:
-    return Linear4bit(
-        inputs, outputs, bias, compute_dtype=dtype, compress_statistics=nested, quant_type="nf4", device="meta"
-    )
+def four_bit_modules(tensor_names: Iterable[str]) -> set[str]:
+    """Names of the modules that are stored in four bits, by the names of a checkpoint's tensors."""
+    return {name.removesuffix(_QUANT_STATE) for name in tensor_names if name.endswith(_QUANT_STATE)}
 
 
 def quantized_shape(layer: Linear4bit) -> tuple[int, int]:
-    """The [out, in] shape of the weight that the layer stands for."""
-    state: Any = layer.quant_state
-    return tuple(state.shape)
-
-
-class FourBitWeights(nn.Module):
-    """The four-bit counterpart of `PackedWeights`: one quantised matrix per expert and projection."""
-
-    def __init__(self, gate_up: Sequence[nn.Module], down: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.gate_up = nn.ModuleList(gate_up)
-        self.down = nn.ModuleList(down)
-
-    def gate_and_up(self, expert: int, hidden_TH: Tensor) -> Tensor:
-        """``[x W_gate^T, x W_up^T]`` [T, 2 C_e]."""
-        return self.gate_up[expert](hidden_TH)
-
-    def project_down(self, expert: int, channels_TC: Tensor) -> Tensor:
-        """``h W_down^T`` [T, H]."""
-        return self.down[expert](channels_TC)
+    """The [out, in] shape of the weight that the layer stands for; also of one whose weights are not in memory."""
+    return layer.out_features, layer.in_features
