@@ -8,7 +8,9 @@ from torch import nn
 
 from moeprune.errors import ModelError
 from moeprune.models.adapter import moe_layers
-from moeprune.models.four_bit import FourBitWeights, four_bit_linear
+from moeprune.models.four_bit import four_bit_linear, four_bit_modules, quantized_shape
+from moeprune.models.quantized import module_of
+from moeprune.models.streaming import drop_tensors
 from moeprune.quantization import nf4
 from moeprune.quantization.nf4 import NF4Quantizer
 from moeprune.surgery.prune import prune
@@ -31,25 +33,35 @@ def pruned(tiny_model):
     return prune(tiny_model, Plan(kept, layers[0].widths[0]))
 
 
+def quantised(model, **settings):
+    for _ in NF4Quantizer(**settings)(model):
+        pass
+    return model
+
+
 def dequantised(layer: Linear4bit) -> torch.Tensor:
     return bnb.functional.dequantize_4bit(layer.weight.data, layer.quant_state)
 
 
+def expert_matrices(model) -> dict[str, nn.Module]:
+    return {
+        f"{layer.name}.{expert}.{part}": layer.experts[expert].get_submodule(part)
+        for layer in moe_layers(model)
+        for expert in range(len(layer.experts))
+        for part in ("gate_proj", "up_proj", "down_proj")
+    }
+
+
 def test_everything_linear_is_quantised_except_router_embedding_and_head(pruned):
     linear = {name for name, module in pruned.named_modules() if type(module) is nn.Linear} - {"lm_head"}
+    assert set(expert_matrices(pruned)) < linear
     untouched = {
-        name: parameter.clone()
-        for name, parameter in pruned.named_parameters()
-        if name.rsplit(".", 1)[0] not in linear and ".experts.weights." not in name
+        name: parameter.clone() for name, parameter in pruned.named_parameters() if name.rsplit(".", 1)[0] not in linear
     }
-    model = NF4Quantizer()(pruned)
+    model = quantised(pruned)
     assert {name for name in linear if not isinstance(model.get_submodule(name), Linear4bit)} == set()
-    for layer in moe_layers(model):
-        assert isinstance(layer.experts.weights, FourBitWeights)
-        matrices = [*layer.experts.weights.gate_up, *layer.experts.weights.down]
-        assert len(matrices) == 2 * layer.expert_count
-        assert all(isinstance(matrix, Linear4bit) and matrix.weight.dtype == torch.uint8 for matrix in matrices)
-        assert not isinstance(layer.router, Linear4bit)
+    assert all(matrix.weight.dtype == torch.uint8 for matrix in expert_matrices(model).values())
+    assert not any(isinstance(layer.router, Linear4bit) for layer in moe_layers(model))
     assert type(model.lm_head) is nn.Linear
     parameters = dict(model.named_parameters())
     assert {name for name, value in parameters.items() if value.dtype != torch.uint8} == set(untouched)
@@ -61,7 +73,7 @@ def test_everything_linear_is_quantised_except_router_embedding_and_head(pruned)
 def test_quantised_forward_equals_the_forward_of_its_dequantised_weights(pruned, random_windows, double_quantization):
     ids = random_windows.input_ids_NT
     full = pruned(ids).logits
-    model = NF4Quantizer(double_quantization=double_quantization)(pruned)
+    model = quantised(pruned, double_quantization=double_quantization)
     actual = model(ids).logits
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear4bit):
@@ -76,21 +88,12 @@ def test_quantised_forward_equals_the_forward_of_its_dequantised_weights(pruned,
 @torch.no_grad()
 def test_experts_are_quantised_from_their_own_weights(pruned):
     """Each dequantised matrix is within half the widest NF4 step (0.31 of a block's largest value) of the original."""
-    before = [
-        [(layer.experts.weights.gate_up_of(e).clone(), layer.experts.weights.down_of(e).T.clone()) for e in range(n)]
-        for layer in moe_layers(pruned)
-        for n in [layer.expert_count]
-    ]
-    for layer, matrices in zip(moe_layers(NF4Quantizer()(pruned)), before, strict=True):
-        for expert, (gate_up, down) in enumerate(matrices):
-            for quantised, original in (
-                (layer.experts.weights.gate_up[expert], gate_up),
-                (layer.experts.weights.down[expert], down),
-            ):
-                assert dequantised(quantised).shape == original.shape
-                blocks = original.reshape(-1, 64)
-                error = (dequantised(quantised).reshape(-1, 64) - blocks).abs()
-                assert (error <= 0.16 * blocks.abs().amax(dim=1, keepdim=True)).all()
+    before = {name: matrix.weight.clone() for name, matrix in expert_matrices(pruned).items()}
+    for name, matrix in expert_matrices(quantised(pruned)).items():
+        assert dequantised(matrix).shape == before[name].shape
+        blocks = before[name].reshape(-1, 64)
+        error = (dequantised(matrix).reshape(-1, 64) - blocks).abs()
+        assert (error <= 0.16 * blocks.abs().amax(dim=1, keepdim=True)).all()
 
 
 def test_values_that_nf4_can_hold_are_kept_exactly():
@@ -112,7 +115,7 @@ def test_bits_per_weight(nested, bits):
 @pytest.mark.parametrize("block_size", [64, 128])
 @SCHEMES
 def test_every_matrix_follows_the_settings(pruned, block_size, double_quantization):
-    model = NF4Quantizer(block_size=block_size, double_quantization=double_quantization)(pruned)
+    model = quantised(pruned, block_size=block_size, double_quantization=double_quantization)
     states = [module.quant_state for module in model.modules() if isinstance(module, Linear4bit)]
     assert {(state.quant_type, state.blocksize, state.nested) for state in states} == {
         ("nf4", block_size, double_quantization)
@@ -137,7 +140,7 @@ def test_a_bias_is_kept():
 @SCHEMES
 @torch.no_grad()
 def test_widths_of_sixteen_and_removed_experts_work(pruned, random_windows, double_quantization):
-    model = NF4Quantizer(double_quantization=double_quantization)(pruned)
+    model = quantised(pruned, double_quantization=double_quantization)
     first, second = moe_layers(model)
     assert (first.widths[0], second.widths[:2]) == (16, (8, 16))
     assert first.expert_count == second.expert_count - 1
@@ -148,15 +151,15 @@ def test_widths_of_sixteen_and_removed_experts_work(pruned, random_windows, doub
 def test_a_width_that_does_not_fill_a_block_works(tiny_model, random_windows):
     layers = moe_layers(tiny_model)
     kept = tuple(tuple(torch.arange(1 + expert) for expert in range(layer.expert_count)) for layer in layers)
-    model = NF4Quantizer()(prune(tiny_model, Plan(kept, layers[0].widths[0])))
+    model = quantised(prune(tiny_model, Plan(kept, layers[0].widths[0])))
     assert torch.isfinite(model(random_windows.input_ids_NT).logits).all()
 
 
 def test_a_skipped_linear_layer_is_a_model_error(pruned, monkeypatch):
     """As a library would skip it: the layer stays as it is, and nothing is said."""
     monkeypatch.setattr(nf4, "four_bit_linear", lambda weight, bias, **_: nn.Linear(*reversed(weight.shape)))
-    with pytest.raises(ModelError, match="These matrices were not quantised"):
-        NF4Quantizer()(pruned)
+    with pytest.raises(ModelError, match=r"These matrices of model\.layers\.0 were not quantised"):
+        quantised(pruned)
 
 
 def test_a_matrix_that_stays_unpacked_is_a_model_error(pruned, monkeypatch):
@@ -164,27 +167,36 @@ def test_a_matrix_that_stays_unpacked_is_a_model_error(pruned, monkeypatch):
         return Linear4bit(weight.shape[1], weight.shape[0], bias=False)
 
     monkeypatch.setattr(nf4, "four_bit_linear", unpacked)
-    with pytest.raises(ModelError, match="These matrices were not quantised"):
-        NF4Quantizer()(pruned)
+    with pytest.raises(ModelError, match=r"These matrices of model\.layers\.0 were not quantised"):
+        quantised(pruned)
 
 
-def test_the_check_names_what_is_left(pruned):
-    model = NF4Quantizer()(pruned)
-    model.model.layers[0].extra = nn.Linear(4, 4)
-    with pytest.raises(ModelError, match=r"model\.layers\.0\.extra"):
-        nf4._check_quantized(model)
-
-
-def test_unquantised_experts_are_dropped_layer_by_layer(pruned, monkeypatch):
-    before = [layer.experts.weights for layer in moe_layers(pruned)]
+def test_unquantised_matrices_are_dropped_layer_by_layer(pruned):
+    layers = moe_layers(pruned)
+    before = [list(layer.experts[1].children()) for layer in layers]
     dropped = []
-    quantised = NF4Quantizer._quantized_experts
+    for _, _, decoder_layer in NF4Quantizer()(pruned):
+        if decoder_layer in [layer.decoder_layer for layer in layers]:
+            dropped.append([all(matrix.weight.is_meta for matrix in matrices) for matrices in before])
+    assert dropped == [[True, False], [True, True]]
 
-    def watched(quantizer, ragged):
-        dropped.append([weights.down.is_meta for weights in before])
-        return quantised(quantizer, ragged)
 
-    monkeypatch.setattr(NF4Quantizer, "_quantized_experts", watched)
-    NF4Quantizer()(pruned)
-    assert dropped == [[False, False], [True, False]]
-    assert all(weights.down.is_meta and weights.gate_up.is_meta for weights in before)
+def test_shapes_are_known_without_weights(pruned):
+    model = quantised(pruned)
+    shapes = {name: quantized_shape(matrix) for name, matrix in expert_matrices(model).items()}
+    drop_tensors(model.modules())
+    assert {name: quantized_shape(matrix) for name, matrix in expert_matrices(model).items()} == shapes
+    for layer in moe_layers(model):
+        for expert, width in enumerate(layer.widths):
+            assert shapes[f"{layer.name}.{expert}.up_proj"] == (width, 32)
+            assert shapes[f"{layer.name}.{expert}.down_proj"] == (32, width)
+
+
+def test_tensor_names_say_which_modules_are_in_four_bits(pruned):
+    model = quantised(pruned, double_quantization=True)
+    names = model.state_dict().keys()
+    modules = four_bit_modules(names)
+    assert modules == {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    assert {module_of(name, modules) for name in names} == modules | {None}
+    assert module_of("a.b.bias", {"a.b"}) == module_of("a.b.weight.absmax", {"a.b"}) == "a.b"
+    assert module_of("a.bias", {"a.b"}) is None

@@ -14,6 +14,11 @@ def plan_of(model, kept_of, merge=None) -> Plan:
     return Plan(tuple(map(tuple, kept)), width, merge=merge)
 
 
+def gate_up_of(experts, slot):
+    """Gate rows, then up rows, of a stored expert of a pruned layer [2C, H]."""
+    return torch.cat([experts[slot].gate_proj.weight, experts[slot].up_proj.weight])
+
+
 def everything(_layer, _expert, width):
     return torch.arange(width)
 

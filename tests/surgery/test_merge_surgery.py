@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from surgery_plans import everything, plan_of
+from surgery_plans import everything, gate_up_of, plan_of
 
 from moeprune.errors import InputError
 from moeprune.models.adapter import moe_layers
@@ -61,10 +61,10 @@ def test_a_leader_becomes_the_weighted_mean_of_its_group(tiny_model_64):
         total = sum(1.0 + e for e in members)
         gate_up_IH = sum((1.0 + e) / total * gate_up_EIH[e] for e in members)
         down_HC = sum((1.0 + e) / total * down_EHC[e] for e in members)
-        torch.testing.assert_close(first_layer.experts.weights.gate_up_of(slot), gate_up_IH, rtol=1e-13, atol=1e-15)
-        torch.testing.assert_close(first_layer.experts.weights.down_of(slot), down_HC.T, rtol=1e-13, atol=1e-15)
+        torch.testing.assert_close(gate_up_of(first_layer.experts, slot), gate_up_IH, rtol=1e-13, atol=1e-15)
+        torch.testing.assert_close(first_layer.experts[slot].down_proj.weight.T, down_HC.T, rtol=1e-13, atol=1e-15)
     for expert, down_HC in enumerate(second):
-        assert torch.equal(second_layer.experts.weights.down_of(expert), down_HC.T)
+        assert torch.equal(second_layer.experts[expert].down_proj.weight.T, down_HC.T)
 
 
 def test_every_router_row_stays_and_leads_to_its_leader(tiny_model):
@@ -103,7 +103,7 @@ def test_merging_permuted_copies_changes_nothing_when_channels_are_aligned(build
     weights = moe_layers(aligned)[0].experts.gate_up_proj[0].clone()
     prune(aligned, merging_plan(aligned, align=True))
     torch.testing.assert_close(aligned(ids).logits, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(moe_layers(aligned)[0].experts.weights.gate_up_of(0), weights, rtol=1e-14, atol=1e-15)
+    torch.testing.assert_close(gate_up_of(moe_layers(aligned)[0].experts, 0), weights, rtol=1e-14, atol=1e-15)
     assert (prune(mixed, merging_plan(mixed))(ids).logits - expected).abs().max() > 0.01
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from surgery_plans import (
     everything,
+    gate_up_of,
     mask_channels,
     plan_of,
     random_channels,
@@ -14,11 +15,11 @@ from surgery_plans import (
 )
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
-import moeprune.surgery.prune
 from moeprune.errors import InputError
 from moeprune.models.adapter import moe_layers
 from moeprune.models.footprint import count_parameters
-from moeprune.surgery.prune import prune
+from moeprune.models.runtime.ragged import RaggedExperts
+from moeprune.surgery.prune import cut_layers, prune
 from moeprune.types import Plan
 
 HIDDEN = 32
@@ -56,10 +57,10 @@ def test_removing_nothing_keeps_every_weight_bit_for_bit(tiny_model):
     pruned = prune(tiny_model, plan_of(tiny_model, everything))
     for layer, (gate_up_EIH, down_EHC) in zip(moe_layers(pruned), before, strict=True):
         for expert in range(layer.expert_count):
-            assert torch.equal(layer.experts.weights.gate_up_of(expert), gate_up_EIH[expert])
-            assert torch.equal(layer.experts.weights.down_of(expert), down_EHC[expert].T)
+            assert torch.equal(gate_up_of(layer.experts, expert), gate_up_EIH[expert])
+            assert torch.equal(layer.experts[expert].down_proj.weight.T, down_EHC[expert].T)
     for name, tensor in pruned.state_dict().items():
-        assert ".experts.weights." in name or torch.equal(tensor, dense[name])
+        assert ".experts." in name or torch.equal(tensor, dense[name])
 
 
 @torch.no_grad()
@@ -291,18 +292,12 @@ def test_experts_may_go_where_the_router_chooses_groups_if_their_rows_stay(group
     torch.testing.assert_close(pruned(ids).logits, zeroed(ids).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_dense_experts_are_dropped_layer_by_layer(tiny_model, monkeypatch):
+def test_dense_experts_are_dropped_layer_by_layer(tiny_model):
     """All of them beside all that stays of them would not fit on an accelerator that holds the model."""
     dense = [layer.experts for layer in moe_layers(tiny_model)]
-    plan = plan_of(tiny_model, random_channels)
-    dropped = []
-
-    def packed(*arguments):
-        dropped.append([experts.down_proj.is_meta for experts in dense])
-        return pack(*arguments)
-
-    pack = moeprune.surgery.prune._packed
-    monkeypatch.setattr(moeprune.surgery.prune, "_packed", packed)
-    prune(tiny_model, plan)
-    assert dropped == [[False, False], [True, False]]
-    assert all(experts.down_proj.is_meta and experts.gate_up_proj.is_meta for experts in dense)
+    cut = 0
+    for _, _, layer in cut_layers(tiny_model, plan_of(tiny_model, random_channels)):
+        cut += any(isinstance(module, RaggedExperts) for module in layer.modules())
+        assert [experts.down_proj.is_meta for experts in dense] == [index < cut for index in range(len(dense))]
+        assert [experts.gate_up_proj.is_meta for experts in dense] == [index < cut for index in range(len(dense))]
+    assert cut == len(dense) == 2

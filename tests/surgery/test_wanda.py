@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from surgery_plans import everything, plan_of, random_channels
+from surgery_plans import everything, gate_up_of, plan_of, random_channels
 
 from moeprune.errors import InputError
 from moeprune.models.adapter import moe_layers
+from moeprune.models.layer_walk import run_through
 from moeprune.surgery.wanda import UnstructuredWanda
 
 
@@ -27,12 +28,12 @@ def test_the_lowest_weights_of_each_row_become_zero(
         (layer.experts.gate_up_proj.clone(), layer.experts.down_proj.clone()) for layer in moe_layers(tiny_model_64)
     ]
     plan = plan_of(tiny_model_64, everything)
-    UnstructuredWanda(sparsity)(tiny_model_64, plan, statistics_64, many_windows, 16)
+    run_through(UnstructuredWanda(sparsity)(tiny_model_64, plan, statistics_64, many_windows, 16))
     for index, layer in enumerate(moe_layers(tiny_model_64)):
         for expert, (x_nH, _, h_nC, _, _) in enumerate(seen[index]):
             for weight_OI, after_OI, input_nI in (
-                (before[index][0][expert], layer.experts.weights.gate_up_of(expert), x_nH),
-                (before[index][1][expert], layer.experts.weights.down_of(expert).T, h_nC),
+                (before[index][0][expert], gate_up_of(layer.experts, expert), x_nH),
+                (before[index][1][expert], layer.experts[expert].down_proj.weight, h_nC),
             ):
                 norm_I = torch.stack([column.square().sum().sqrt() for column in input_nI.T])
                 expected = torch.stack([zeroed_row(row_I, norm_I, sparsity) for row_I in weight_OI])
@@ -46,15 +47,15 @@ def test_in_an_expert_that_no_token_reached_the_smallest_weights_go(tiny_model_6
         fields[name][1, 2] = 0
     before_OI = moe_layers(tiny_model_64)[1].experts.gate_up_proj[2].clone()
     plan = plan_of(tiny_model_64, everything)
-    UnstructuredWanda(0.5)(tiny_model_64, plan, type(statistics_64)(**fields), many_windows, 16)
+    run_through(UnstructuredWanda(0.5)(tiny_model_64, plan, type(statistics_64)(**fields), many_windows, 16))
     expected = torch.stack([zeroed_row(row_I, torch.ones(32), 0.5) for row_I in before_OI])
-    assert torch.equal(moe_layers(tiny_model_64)[1].experts.weights.gate_up_of(2), expected)
+    assert torch.equal(gate_up_of(moe_layers(tiny_model_64)[1].experts, 2), expected)
 
 
 def test_a_plan_that_removes_channels_is_refused(tiny_model_64, statistics_64, many_windows):
     plan = plan_of(tiny_model_64, random_channels)
     with pytest.raises(InputError, match=r"(?s)The plan removes .*allocator=keep_all"):
-        UnstructuredWanda(0.5)(tiny_model_64, plan, statistics_64, many_windows, 16)
+        run_through(UnstructuredWanda(0.5)(tiny_model_64, plan, statistics_64, many_windows, 16))
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0])

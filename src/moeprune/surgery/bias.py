@@ -1,17 +1,19 @@
 """Replaces what is removed by its mean over calibration tokens."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from moeprune.calibration.statistics import Statistics
 from moeprune.calibration.windows import TokenWindows
-from moeprune.models.adapter import moe_layers
-from moeprune.surgery.prune import REMOVE_ROW, check_plan, check_row_policy, prune, refuse_merging
+from moeprune.models.adapter import MoeLayer
+from moeprune.models.streaming import Model
+from moeprune.models.workspace import IN_MEMORY, Workspace
+from moeprune.surgery.prune import REMOVE_ROW, FinishedLayer, check_row_policy, cut_layers, refuse_merging
 from moeprune.types import Plan
 
 log = logging.getLogger(__name__)
@@ -37,21 +39,26 @@ class MeanBias:
 
     @torch.no_grad()
     def __call__(
-        self, model: PreTrainedModel, plan: Plan, statistics: Statistics, windows: TokenWindows, batch_size: int
-    ) -> PreTrainedModel:
-        """Cut in place. Raises InputError as `prune` does, and for a plan that merges."""
+        self,
+        model: Model,
+        plan: Plan,
+        statistics: Statistics,
+        windows: TokenWindows,
+        batch_size: int,
+        workspace: Workspace = IN_MEMORY,
+    ) -> Iterator[FinishedLayer]:
+        """Cut in place, layer by layer. Raises InputError as `cut_layers` does, and for a plan that merges."""
         refuse_merging(plan, "this bias")
-        check_plan(model, plan, self.empty_experts)
         routed_tokens_LE = statistics.routed_tokens_LE
         unseen = int(((plan.widths_LE < plan.width) & (routed_tokens_LE == 0)).sum())
         if unseen:
             log.warning("%d experts lose channels but got no calibration token: their bias is 0", unseen)
         mean_LEC = statistics.channel_sum_LEC / routed_tokens_LE.clamp(min=1).unsqueeze(-1)
-        biases = [
-            _removed_mean(layer.experts, kept, mean_EC)
-            for layer, kept, mean_EC in zip(moe_layers(model), plan.kept, mean_LEC, strict=True)
-        ]
-        return prune(model, plan, self.empty_experts, biases)
+
+        def bias_of(index: int, layer: MoeLayer) -> Tensor:
+            return _removed_mean(layer.experts, plan.kept[index], mean_LEC[index])
+
+        return cut_layers(model, plan, self.empty_experts, workspace, bias_of)
 
 
 def _removed_mean(experts: Any, kept: tuple[Tensor, ...], mean_EC: Tensor) -> Tensor:
@@ -60,4 +67,9 @@ def _removed_mean(experts: Any, kept: tuple[Tensor, ...], mean_EC: Tensor) -> Te
     for expert, channels in enumerate(kept):
         removed_EC[expert, channels] = 0
     removed_EC = removed_EC.to(experts.down_proj.device)
-    return torch.stack([down_HC.double() @ removed_EC[expert] for expert, down_HC in enumerate(experts.down_proj)])
+    mean_EH = torch.stack([down_HC.double() @ removed_EC[expert] for expert, down_HC in enumerate(experts.down_proj)])
+    down_bias_EH = getattr(experts, "down_bias", None)
+    if down_bias_EH is not None:  # goes with the last channel
+        gone_E = torch.tensor([len(channels) == 0 for channels in kept], device=mean_EH.device)
+        mean_EH += gone_E.unsqueeze(-1) * down_bias_EH.double()
+    return mean_EH

@@ -1,18 +1,19 @@
 """Cutting without compensation: what goes is gone."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-
-from transformers import PreTrainedModel
 
 from moeprune.calibration.statistics import Statistics
 from moeprune.calibration.windows import TokenWindows
-from moeprune.surgery.prune import REMOVE_ROW, check_row_policy, prune
+from moeprune.models.streaming import Model
+from moeprune.models.workspace import IN_MEMORY, Workspace
+from moeprune.surgery.prune import REMOVE_ROW, FinishedLayer, check_row_policy, cut_layers
 from moeprune.types import Plan
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Cut to the plan and nothing else; ``empty_experts`` (``remove_row`` or ``keep_row``) as in `prune`.
+    """Cut to the plan and nothing else; ``empty_experts`` (``remove_row`` or ``keep_row``) as in `cut_layers`.
 
     The paper (arXiv 2606.18304) removes the router rows of experts that keep no channel.
     """
@@ -23,7 +24,13 @@ class Cut:
         check_row_policy(self.empty_experts)
 
     def __call__(
-        self, model: PreTrainedModel, plan: Plan, statistics: Statistics, windows: TokenWindows, batch_size: int
-    ) -> PreTrainedModel:
-        """Cut in place. Raises InputError as `prune` does."""
-        return prune(model, plan, self.empty_experts)
+        self,
+        model: Model,
+        plan: Plan,
+        statistics: Statistics,
+        windows: TokenWindows,
+        batch_size: int,
+        workspace: Workspace = IN_MEMORY,
+    ) -> Iterator[FinishedLayer]:
+        """Cut in place, layer by layer. Raises InputError as `cut_layers` does."""
+        return cut_layers(model, plan, self.empty_experts, workspace)

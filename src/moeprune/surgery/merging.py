@@ -25,16 +25,21 @@ def merge_experts(experts: Any, leader_E: Tensor, weight_E: Tensor, align_channe
         if members == [leader]:
             continue
         share_of = (weight_E[members].double() / weight_E[members].double().sum()).tolist()
-        leading_C3H = _channels(experts, leader)
-        mean_C3H = torch.zeros_like(leading_C3H)
+        leading_CX = _channels(experts, leader)
+        mean_CX = torch.zeros_like(leading_CX)
         for member, share in zip(members, share_of, strict=True):
-            member_C3H = _channels(experts, member)
+            member_CX = _channels(experts, member)
             if align_channels and member != leader:
-                member_C3H = member_C3H[matching_channels(leading_C3H, member_C3H)]
-            mean_C3H += share * member_C3H
-        gate_CH, up_CH, down_CH = mean_C3H.chunk(3, dim=1)
+                member_CX = member_CX[matching_channels(leading_CX, member_CX)]
+            mean_CX += share * member_CX
+        hidden = experts.down_proj.shape[1]
+        gate_CH, up_CH, down_CH, bias_C2 = mean_CX.split([hidden, hidden, hidden, mean_CX.shape[1] - 3 * hidden], dim=1)
         experts.gate_up_proj[leader].copy_(torch.cat([gate_CH, up_CH]))
         experts.down_proj[leader].copy_(down_CH.T)
+        if bias_C2.numel():
+            experts.gate_up_bias[leader].copy_(bias_C2.T.flatten())
+            share_E1 = torch.tensor(share_of, dtype=torch.float64, device=bias_C2.device).unsqueeze(1)
+            experts.down_bias[leader].copy_((share_E1 * experts.down_bias[members].double()).sum(dim=0))
 
 
 def matching_channels(leading_CX: Tensor, member_CX: Tensor) -> Tensor:
@@ -69,6 +74,9 @@ def check_merge(merge: Merge, widths_LE: Tensor) -> None:
 
 
 def _channels(experts: Any, expert: int) -> Tensor:
-    """[C, 3H] in float64: gate row, up row and down column of each channel."""
+    """[C, 3H] in float64: gate row, up row and down column of each channel; [C, 3H + 2] with its biases, if any."""
     gate_CH, up_CH = experts.gate_up_proj[expert].double().chunk(2)
-    return torch.cat([gate_CH, up_CH, experts.down_proj[expert].double().T], dim=1)
+    parts = [gate_CH, up_CH, experts.down_proj[expert].double().T]
+    if getattr(experts, "gate_up_bias", None) is not None:
+        parts.append(experts.gate_up_bias[expert].double().reshape(2, -1).T)
+    return torch.cat(parts, dim=1)

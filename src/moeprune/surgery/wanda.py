@@ -2,19 +2,20 @@
 
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from moeprune.calibration.statistics import Statistics
 from moeprune.calibration.windows import TokenWindows
 from moeprune.errors import InputError
-from moeprune.models.adapter import moe_layers
-from moeprune.surgery.prune import REMOVE_ROW, check_plan, prune
+from moeprune.models.adapter import MoeLayer
+from moeprune.models.streaming import Model
+from moeprune.models.workspace import IN_MEMORY, Workspace
+from moeprune.surgery.prune import REMOVE_ROW, FinishedLayer, check_plan, cut_layers
 from moeprune.types import Plan
 
 log = logging.getLogger(__name__)
@@ -42,9 +43,15 @@ class UnstructuredWanda:
 
     @torch.no_grad()
     def __call__(
-        self, model: PreTrainedModel, plan: Plan, statistics: Statistics, windows: TokenWindows, batch_size: int
-    ) -> PreTrainedModel:
-        """Zero in place. Raises InputError for a plan that removes or merges anything."""
+        self,
+        model: Model,
+        plan: Plan,
+        statistics: Statistics,
+        windows: TokenWindows,
+        batch_size: int,
+        workspace: Workspace = IN_MEMORY,
+    ) -> Iterator[FinishedLayer]:
+        """Zero in place, layer by layer. Raises InputError for a plan that removes or merges anything."""
         check_plan(model, plan, REMOVE_ROW)
         if plan.kept_channels < plan.total_channels:
             raise InputError(
@@ -57,11 +64,13 @@ class UnstructuredWanda:
             log.warning("%d experts got no calibration token: their smallest weights become zero", int(unseen.sum()))
         input_sq_LEH = statistics.input_sq_sum_LEH.masked_fill(unseen.unsqueeze(-1), 1.0)
         channel_sq_LEC = statistics.channel_sq_sum_LEC.masked_fill(unseen.unsqueeze(-1), 1.0)
-        for index, layer in enumerate(tqdm(moe_layers(model), desc="wanda", unit="layer")):
+
+        def zero_lowest(index: int, layer: MoeLayer) -> None:
             for expert in range(layer.expert_count):
                 self._zero_lowest(layer.experts.gate_up_proj[expert], input_sq_LEH[index, expert].sqrt())
                 self._zero_lowest(layer.experts.down_proj[expert], channel_sq_LEC[index, expert].sqrt())
-        return prune(model, plan)
+
+        return cut_layers(model, plan, workspace=workspace, before_cut=zero_lowest)
 
     def _zero_lowest(self, weight_OI: Tensor, input_norm_I: Tensor) -> None:
         score_OI = weight_OI.double().abs() * input_norm_I.to(weight_OI.device)
