@@ -20,6 +20,7 @@ from moeprune.pipeline.identity import stage_key
 
 SETTINGS = {"alpha": 0.9}
 KEY = stage_key("scores", 1, SETTINGS, ["input"])
+DEAD = 4_000_000  # above the largest process number
 CONTENT = b"what the stage found" * 10
 
 
@@ -172,6 +173,52 @@ def test_what_a_process_of_a_machine_with_a_longer_name_writes_is_kept(cache):
     elsewhere = left_by(cache, f"{socket.gethostname()}-2", 4_000_000)
     get(cache)
     assert elsewhere.exists()
+
+
+def finished_part(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_a_resumable_stage_goes_on_from_what_a_failed_run_of_the_same_process_wrote(cache):
+    def first(folder):
+        (folder / "layer-0").write_text("done")
+        raise RuntimeError("killed")
+
+    def second(folder):
+        assert finished_part(folder) == ["layer-0"]
+        (folder / "layer-1").write_text("done")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        cache.get("scores", 1, {}, [], first, resumable=True)
+    assert cache.get("scores", 1, {}, [], second, resumable=True).folder.exists()
+    assert not left_behind(cache.root)
+
+
+@pytest.mark.parametrize("dead_on_this_host", [True, False])
+def test_a_resumable_stage_goes_on_from_what_a_dead_process_wrote_last(cache, dead_on_this_host):
+    key = stage_key("scores", 1, {}, [])
+    host = socket.gethostname() if dead_on_this_host else "node-17"
+    folders = [left_by(cache, host, pid, key) for pid in (DEAD, DEAD + 1)]
+    for age, (name, folder) in enumerate(zip(("older", "newer"), folders, strict=True)):
+        (folder / name).write_text("done")
+        for path in (*folder.iterdir(), folder):
+            os.utime(path, (10**9 + age, 10**9 + age))
+
+    def compute(folder):
+        assert "newer" in finished_part(folder) and "older" not in finished_part(folder)
+
+    cache.get("scores", 1, {}, [], compute, resumable=True)
+    assert not left_behind(cache.root)
+
+
+def test_what_a_process_of_another_machine_wrote_lately_is_left_alone(cache):
+    folder = left_by(cache, "node-17", DEAD, stage_key("scores", 1, {}, []))
+
+    def compute(own):
+        assert not finished_part(own)
+
+    cache.get("scores", 1, {}, [], compute, resumable=True)
+    assert folder.exists()
 
 
 def test_of_two_processes_that_finish_the_same_stage_both_get_it(cache):

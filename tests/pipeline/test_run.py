@@ -12,7 +12,8 @@ from moeprune.allocation.uniform import UniformAllocator
 from moeprune.allocation.whole_experts import WholeExpertsAllocator
 from moeprune.calibration.text import TextFiles
 from moeprune.errors import BudgetError, InputError
-from moeprune.models.ragged import RaggedExperts
+from moeprune.models.layer_walk import each_layer
+from moeprune.models.runtime.ragged import Expert, RaggedExperts
 from moeprune.pipeline.cache import StageCache
 from moeprune.pipeline.run import run
 from moeprune.quantization.nf4 import NF4Quantizer
@@ -39,7 +40,8 @@ class ScaledDown:
     def __call__(self, model):
         for module in model.modules():
             if isinstance(module, RaggedExperts):
-                module.weights.down.mul_(self.factor)
+                for expert in module:
+                    expert.down_proj.weight.mul_(self.factor)
         return model
 
 
@@ -50,11 +52,12 @@ class Rounded:
     name: str = "coarse"
 
     @torch.no_grad()
-    def __call__(self, model):
-        for module in model.modules():
-            if isinstance(module, RaggedExperts):
-                module.weights.down.copy_((module.weights.down * 8).round() / 8)
-        return model
+    def __call__(self, model, workspace):
+        for depth, name, layer in each_layer(model, "round", workspace):
+            for module in layer.modules():
+                if isinstance(module, Expert):
+                    module.down_proj.weight.copy_((module.down_proj.weight * 8).round() / 8)
+            yield depth, name, layer
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
     CACHE/statistics/3f2a.../statistics.safetensors     what the stage wrote
     CACHE/statistics/3f2a.../stage.json                 what made it: settings, inputs, cost, and a digest of each file
 
-A folder appears under its final name only when it is complete; a damaged one is set aside and computed again.
+A folder appears under its final name only when it is complete; a damaged one is set aside and computed again. What a
+resumable stage had written when it was interrupted stays, and the next run that wants the stage goes on from there.
 """
 
 import errno
@@ -13,9 +14,10 @@ import logging
 import os
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 
 RECORD = "stage.json"
 _HASH_CHUNK = 2**20
+# A process on another machine cannot be asked whether it lives; one that wrote nothing for so long is taken for dead.
+ABANDONED_AFTER_SECONDS = 30 * 60
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,14 @@ class StageCache:
         settings: object,
         inputs: Sequence[str],
         compute: Callable[[Path], None],
+        resumable: bool = False,
     ) -> Artifact:
-        """The stage's result, from disk when it is there and sound, else made by ``compute(empty folder)``.
+        """The stage's result, from disk when it is there and sound, else made by ``compute(folder)``.
 
-        Raises CacheError when the folder cannot be written or the disk is full; nothing is left behind then.
+        The folder is empty; that of a ``resumable`` stage holds what an interrupted run left in it.
+
+        Raises CacheError when the folder cannot be written or the disk is full; nothing is left behind then, but for
+        what a resumable stage can use.
         """
         key = stage_key(stage, version, settings, inputs)
         folder = self.root / stage / key
@@ -69,7 +77,7 @@ class StageCache:
             log.info("%s %s: reused", stage, key[:12])
             return stored
         log.info("%s %s: computing", stage, key[:12])
-        with self._partial_folder(folder) as partial:
+        with self._partial_folder(folder, resumable) as partial:
             with measured() as cost:
                 compute(partial)
             content = {
@@ -106,19 +114,29 @@ class StageCache:
         return None
 
     @contextmanager
-    def _partial_folder(self, folder: Path) -> Iterator[Path]:
-        """A folder to write into, renamed to its final name on success and removed on any failure."""
+    def _partial_folder(self, folder: Path, resumable: bool) -> Iterator[Path]:
+        """A folder to write into, renamed to its final name on success; removed on any failure unless resumable."""
         owner = f"{socket.gethostname()}-{os.getpid()}"
         partial = folder.with_name(f".partial-{folder.name}-{owner}")
         with _disk_errors(folder):
-            _remove_abandoned(folder)
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            for abandoned in _abandoned(folder):
+                if resumable and not partial.exists():
+                    with suppress(OSError):  # another run was faster
+                        abandoned.rename(partial)
+                        log.info("going on from what %s left", abandoned.name)
+                else:
+                    shutil.rmtree(abandoned, ignore_errors=True)
+            if not resumable:
+                shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True, exist_ok=True)
             try:
                 yield partial
                 _publish(partial, folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+            except BaseException:
+                if not resumable:
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
+            shutil.rmtree(partial, ignore_errors=True)  # where another run published first
 
 
 def _publish(partial: Path, folder: Path) -> None:
@@ -130,14 +148,31 @@ def _publish(partial: Path, folder: Path) -> None:
             raise
 
 
-def _remove_abandoned(folder: Path) -> None:
-    """Remove what killed processes of this machine left of the same stage."""
-    prefix = f".partial-{folder.name}-{socket.gethostname()}-"
-    for left in folder.parent.glob(f"{prefix}*"):
-        process = left.name.removeprefix(prefix)
-        # Anything but a number belongs to a machine whose name begins like ours.
-        if process.isdigit() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(left, ignore_errors=True)
+def _abandoned(folder: Path) -> list[Path]:
+    """What processes that are no more left of the same stage; what was written to last comes first."""
+    prefix = f".partial-{folder.name}-"
+    own = f"{prefix}{socket.gethostname()}-"
+    left: list[tuple[float, Path]] = []
+    for partial in folder.parent.glob(f"{prefix}*"):
+        process = partial.name.removeprefix(own)
+        last = _last_written(partial)
+        # Anything but a number belongs to another machine, perhaps one whose name begins like ours.
+        if partial.name.startswith(own) and process.isdigit():
+            abandoned = not psutil.pid_exists(int(process))
+        else:
+            abandoned = time.time() - last > ABANDONED_AFTER_SECONDS
+        if abandoned:
+            left.append((last, partial))
+    return [partial for _, partial in sorted(left, reverse=True)]
+
+
+def _last_written(folder: Path) -> float:
+    """Seconds since the epoch; 0 for a folder that just vanished."""
+    times = [0.0]
+    for entry in [folder, *folder.rglob("*")]:
+        with suppress(OSError):  # renamed or removed by its owner meanwhile
+            times.append(entry.stat().st_mtime)
+    return max(times)
 
 
 @contextmanager

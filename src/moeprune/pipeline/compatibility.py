@@ -63,6 +63,16 @@ def check_passes(passes: Iterable[object], shape: ExpertShape, computation_dtype
             )
 
 
+def check_whole_model(scorer: object, streamed: bool) -> None:
+    """Raise InputError for a scorer whose gradients go through the whole model, where its layers stay on disk."""
+    if streamed:
+        raise InputError(
+            f"{type(scorer).__name__} takes gradients through the whole model, and this one does not fit in memory.",
+            change="Use a scorer that goes layer by layer, such as scorer=attribution or scorer=camera, or, where the "
+            "model and its gradients do fit, model.streaming=never.",
+        )
+
+
 def check_router_rows(allocator: Any, surgery: object, shape: ExpertShape, budget: Budget) -> None:
     """Raise InputError where experts are bound to go with router rows that cannot.
 

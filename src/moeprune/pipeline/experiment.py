@@ -1,6 +1,6 @@
 """One experiment: everything a run needs to know, as plain objects."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
@@ -13,14 +13,18 @@ from moeprune.calibration.windows import TokenWindows
 from moeprune.evaluation.evaluate import Evaluation
 from moeprune.models.shape import ExpertShape, read_shape
 from moeprune.models.source import ModelSource
-from moeprune.pipeline.compatibility import check_compatible, check_passes, check_router_rows
+from moeprune.models.streaming import Model
+from moeprune.models.workspace import Workspace
+from moeprune.pipeline.compatibility import check_compatible, check_passes, check_router_rows, check_whole_model
 from moeprune.surgery.cut import Cut
+from moeprune.surgery.prune import FinishedLayer
 from moeprune.types import Plan, Scores
 
 Scorer = Callable[..., Scores]  # statistics, then the result of each pass it asks for
 Allocator = Callable[[Scores, Budget], Plan]
-Surgery = Callable[[PreTrainedModel, Plan, Statistics, TokenWindows, int], PreTrainedModel]
-ModelTransform = Callable[[PreTrainedModel], PreTrainedModel]
+Surgery = Callable[[Model, Plan, Statistics, TokenWindows, int, Workspace], Iterator[FinishedLayer]]
+Recovery = Callable[[PreTrainedModel], PreTrainedModel]
+Quantizer = Callable[[Model, Workspace], Iterator[FinishedLayer]]
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,8 @@ class Experiment:
     ratio: float
     evaluation: Evaluation
     surgery: Surgery = field(default_factory=Cut)
-    recovery: ModelTransform | None = None
-    quantizer: ModelTransform | None = None
+    recovery: Recovery | None = None
+    quantizer: Quantizer | None = None
     fewest_tokens: int = 32
 
     @property
@@ -53,6 +57,8 @@ class Experiment:
         check_compatible(self.scorer, self.allocator, self.surgery)
         shape = self._shape()
         check_passes(self.passes, shape, self.model.computation_dtype)
+        if any(getattr(wanted, "needs_whole_model", False) for wanted in self.passes):
+            check_whole_model(self.scorer, self.model.streams())
         check_router_rows(self.allocator, self.surgery, shape, self.budget())
         self.evaluation.check(self.model.tokenizer())
 

@@ -16,11 +16,12 @@ from moeprune.types import Plan
 class Result:
     """What a run found: the plan, the metrics of each variant of the model in order, and the stages it walked.
 
-    ``files`` are worth keeping with the results, by the name they go by.
+    ``files`` are worth keeping with the results, by the name they go by; ``checkpoint`` is the final model's folder.
     """
 
     plan: Plan
     files: dict[str, Path]
+    checkpoint: Path
     variants: dict[str, dict[str, Any]]
     stages: list[Artifact]
 
@@ -66,12 +67,16 @@ def run(experiment: Experiment, cache: StageCache) -> Result:
 
     models: dict[str, Artifact | None] = {"dense": None, "pruned": pruned}
     name, latest = "pruned", pruned
-    for stage, change in (("recovered", experiment.recovery), ("quantized", experiment.quantizer)):
-        if change is not None:
-            latest = stages.transform(cache, stage, experiment, change, latest)
-            name = f"{name}+{getattr(change, 'name', stage)}"
-            models[name] = latest
-            walked.append(latest)
+    if experiment.recovery is not None:
+        latest = stages.recover(cache, experiment, experiment.recovery, latest)
+        name = f"{name}+{getattr(experiment.recovery, 'name', 'recovered')}"
+        models[name] = latest
+        walked.append(latest)
+    if experiment.quantizer is not None:
+        latest = stages.quantize(cache, experiment, experiment.quantizer, latest)
+        name = f"{name}+{getattr(experiment.quantizer, 'name', 'quantized')}"
+        models[name] = latest
+        walked.append(latest)
 
     metrics = {}
     for name, model in models.items():
@@ -80,4 +85,4 @@ def run(experiment: Experiment, cache: StageCache) -> Result:
         walked.append(evaluation)
     kept = [(plan, "plan.safetensors"), (diagnostics, "diagnostics.json"), (report, "calibration.json")]
     files = {name: artifact.folder / name for artifact, name in kept}
-    return Result(Plan.load(files["plan.safetensors"]), files, metrics, walked)
+    return Result(Plan.load(files["plan.safetensors"]), files, latest.folder, metrics, walked)

@@ -2,23 +2,28 @@
 and its inputs' keys. Raise a stage's version when its result changes for the same settings."""
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-from transformers import PreTrainedModel
 
 from moeprune.allocation.optimal_coverage import OptimalCoverageAllocator
 from moeprune.calibration.passes import CalibrationPass
 from moeprune.calibration.report import calibration_report, shared_ngrams
 from moeprune.calibration.statistics import Statistics, collect_statistics
 from moeprune.calibration.windows import TokenWindows
-from moeprune.models.checkpoint import load_compressed, save_compressed
+from moeprune.models.checkpoint import CheckpointWriter, save_compressed
+from moeprune.models.checkpoint_reader import load_compressed
 from moeprune.models.footprint import count_bytes, count_parameters
+from moeprune.models.streaming import Model, StreamedModel, skeleton
+from moeprune.models.workspace import Workspace
 from moeprune.pipeline.cache import Artifact, StageCache
 from moeprune.pipeline.diagnostics import DEFAULT_OBJECTIVE, diagnostics
-from moeprune.pipeline.experiment import Experiment, ModelTransform
+from moeprune.pipeline.experiment import Experiment, Quantizer, Recovery
 from moeprune.scoring.weights import with_expert_weights
+from moeprune.surgery.prune import FinishedLayer
 from moeprune.types import Plan, Scores
+
+WALK = "walk"  # the folder of a walk's state, inside the folder of a stage that is being computed
 
 
 def sample_calibration(cache: StageCache, experiment: Experiment) -> Artifact:
@@ -36,10 +41,13 @@ def gather_statistics(cache: StageCache, experiment: Experiment, calibration: Ar
 
     def compute(folder: Path) -> None:
         windows = TokenWindows.load(calibration.folder / "windows.safetensors")
-        statistics = collect_statistics(experiment.model.load(), windows, experiment.calibration.batch_size)
+        model = experiment.model.load()
+        workspace = _workspace(experiment, model, folder)
+        statistics = collect_statistics(model, windows, experiment.calibration.batch_size, workspace)
         statistics.save(folder / "statistics.safetensors")
+        _clear_workspace(folder)
 
-    return cache.get("statistics", 3, {"model": experiment.model}, [calibration.key], compute)
+    return cache.get("statistics", 3, {"model": experiment.model}, [calibration.key], compute, resumable=True)
 
 
 def report_calibration(
@@ -123,28 +131,43 @@ def cut(
     """Plan -> pruned model; a surgery that compensates also reads the statistics or the calibration windows."""
 
     def compute(folder: Path) -> None:
-        model = experiment.surgery(
-            experiment.model.load(),
+        model = experiment.model.load()
+        layers = experiment.surgery(
+            model,
             Plan.load(plan.folder / "plan.safetensors"),
             _load_statistics(statistics),
             TokenWindows.load(calibration.folder / "windows.safetensors"),
             experiment.calibration.batch_size,
+            _workspace(experiment, model, folder),
         )
-        _save_model(model, experiment, folder)
+        _write_layers(experiment, model, layers, folder)
 
     settings = {"model": experiment.model, "dtype": experiment.model.dtype, "surgery": experiment.surgery}
-    return cache.get("pruned", 2, settings, [plan.key], compute)
+    return cache.get("pruned", 3, settings, [plan.key], compute, resumable=True)
 
 
-def transform(
-    cache: StageCache, stage: str, experiment: Experiment, change: ModelTransform, model: Artifact
-) -> Artifact:
-    """Model -> recovered or quantised model."""
+def recover(cache: StageCache, experiment: Experiment, recovery: Recovery, model: Artifact) -> Artifact:
+    """Model -> model with some of its accuracy back; the whole model is in memory."""
 
     def compute(folder: Path) -> None:
-        _save_model(change(load_model(experiment, model)), experiment, folder)
+        loaded = load_compressed(model.folder, experiment.model.computation_dtype)
+        recovered = recovery(loaded.to(experiment.model.placement))  # type: ignore[arg-type]
+        save_compressed(recovered, experiment.model.tokenizer(), folder, experiment.model.storage_dtype)
 
-    return cache.get(stage, 1, {stage: change, "dtype": experiment.model.dtype}, [model.key], compute)
+    settings = {"recovered": recovery, "dtype": experiment.model.dtype}
+    return cache.get("recovered", 2, settings, [model.key], compute)
+
+
+def quantize(cache: StageCache, experiment: Experiment, quantizer: Quantizer, model: Artifact) -> Artifact:
+    """Model -> model of fewer bits."""
+
+    def compute(folder: Path) -> None:
+        loaded = experiment.model.load_compressed(model.folder)
+        layers = quantizer(loaded, _workspace(experiment, loaded, folder))
+        _write_layers(experiment, loaded, layers, folder)
+
+    settings = {"quantized": quantizer, "dtype": experiment.model.dtype}
+    return cache.get("quantized", 2, settings, [model.key], compute, resumable=True)
 
 
 def evaluate(cache: StageCache, experiment: Experiment, name: str, model: Artifact | None) -> Artifact:
@@ -153,24 +176,34 @@ def evaluate(cache: StageCache, experiment: Experiment, name: str, model: Artifa
     settings = {"evaluation": experiment.evaluation, "model": None if model else experiment.model}
 
     def compute(folder: Path) -> None:
-        loaded = load_model(experiment, model) if model else experiment.model.load()
+        loaded = experiment.model.load_compressed(model.folder) if model else experiment.model.load()
         metrics = experiment.evaluation(loaded, experiment.model.tokenizer())
-        metrics["parameters"] = vars(count_parameters(loaded))
+        metrics["parameters"] = vars(count_parameters(skeleton(loaded)))
         metrics["bytes"] = vars(count_bytes(model.folder if model else experiment.model.folder()))
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
 
     return cache.get(f"evaluation/{name}", 2, settings, inputs, compute)
 
 
-def load_model(experiment: Experiment, model: Artifact) -> PreTrainedModel:
-    """A compressed model of the cache on the experiment's device."""
-    loaded = load_compressed(model.folder, experiment.model.computation_dtype)
-    return loaded.to(experiment.model.placement)  # type: ignore[arg-type]
-
-
 def _load_statistics(statistics: Artifact) -> Statistics:
     return Statistics.load(statistics.folder / "statistics.safetensors")
 
 
-def _save_model(model: PreTrainedModel, experiment: Experiment, folder: Path) -> None:
-    save_compressed(model, experiment.model.tokenizer(), folder, experiment.model.storage_dtype)
+def _workspace(experiment: Experiment, model: Model, folder: Path) -> Workspace:
+    """Where a walk over a streamed model keeps its state; one in memory is walked in memory."""
+    if not isinstance(model, StreamedModel):
+        return Workspace()
+    return Workspace(folder / WALK, experiment.model.activations_gib)
+
+
+def _clear_workspace(folder: Path) -> None:
+    shutil.rmtree(folder / WALK, ignore_errors=True)
+
+
+def _write_layers(experiment: Experiment, model: Model, layers: Iterable[FinishedLayer], folder: Path) -> None:
+    """Write each layer as soon as it is final, then the rest of the model."""
+    writer = CheckpointWriter(folder, experiment.model.storage_dtype)
+    for depth, name, layer in layers:
+        writer.add_layer(depth, name, layer)
+    writer.finish(skeleton(model), experiment.model.tokenizer())
+    _clear_workspace(folder)
