@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from moeprune.models.checkpoint_reader import load_compressed
 from moeprune.models.shape import read_shape
 from moeprune.types import Plan
 
@@ -58,7 +60,7 @@ def without_cost(stages: list[dict]) -> list[tuple]:
 
 
 def test_a_run_leaves_everything_in_its_directory_and_the_same_command_again_computes_nothing(
-    program, here, tiny, checkpoint
+    program, here, tiny, checkpoint, tmp_path
 ):
     words = [*tiny, "quantizer=nf4", "ratio=0.5", "seed=3"]
     first = program(*words, WANDB_API_KEY="secret-of-wandb")
@@ -101,8 +103,11 @@ def test_a_run_leaves_everything_in_its_directory_and_the_same_command_again_com
     assert left_half_written(first.place) == []
 
     # In another process, which this one is.
-    second = here(*words)
+    second = here(*words, f"save_model={tmp_path / 'small'}")
     assert second.code == 0, second.err
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert all(word in card for word in ("AutoModelForCausalLM", "perplexity, text", "nf4", "0.5"))
+    assert load_compressed(tmp_path / "small", torch.float32).config.num_experts_per_tok == shape.top_k
     (other,) = set(second.manifests) - {manifest}
     again = read(other.parent / "metrics.json")
     assert all(stage["cached"] for stage in again["stages"])

@@ -29,6 +29,9 @@ class ModelConfig:
     minimum_width: int
     device: str = "auto"
     revision: str | None = None
+    streaming: str = "auto"
+    activations_gib: float = 4.0
+    expected: dict[str, Any] | None = None
 
 
 @dataclass
@@ -44,6 +47,7 @@ class ExperimentConfig:
     target_active_parameters: int | None
     seed: int
     cache_dir: str
+    save_model: str | None
     evaluation: dict[str, Any]
     surgery: dict[str, Any]
     fewest_tokens: int

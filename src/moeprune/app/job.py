@@ -38,11 +38,15 @@ def _run(config: DictConfig, choices: Mapping[str, str | None], run_dir: Path) -
     # Everything heavy is imported here, after the config is known to be sound.
     from moeprune.app.build import build_experiment, build_optional
     from moeprune.app.provenance import provenance
+    from moeprune.app.saved_model import check_destination, save_model
     from moeprune.app.terminal import quiet_libraries
     from moeprune.pipeline.cache import StageCache
     from moeprune.pipeline.run import run
+    from moeprune.report.results import load_metrics
 
     quiet_libraries()
+    if config.save_model is not None:
+        check_destination(Path(config.save_model))
     write_atomically(run_dir / "provenance.json", json.dumps(provenance(config.seed), indent=1))
     tracker = build_optional("tracking", config.tracking)
     experiment = build_experiment(config)
@@ -52,6 +56,10 @@ def _run(config: DictConfig, choices: Mapping[str, str | None], run_dir: Path) -
         shutil.copyfile(file, run_dir / name)
     metrics = {**choices, "ratio": experiment.ratio, "seed": config.seed, **result.as_metrics()}
     write_atomically(run_dir / "metrics.json", json.dumps(metrics, indent=1))
+    if config.save_model is not None:
+        destination, dense = Path(config.save_model), experiment.model.folder()
+        save_model(result.checkpoint, destination, load_metrics(run_dir), _plain(config), dense)
+        log.info("model in %s", destination)
     if tracker is not None:
         tracker.log_run(_plain(config), metrics, run_dir)
     log.info("results in %s", run_dir)

@@ -137,6 +137,11 @@ class Run:
         return self.metrics if self.status == "success" else None
 
 
+def load_metrics(run_dir: Path) -> Metrics:
+    """The metrics that a run wrote. Raises KeyError or TypeError where they are of another version."""
+    return _metrics(_read_json(run_dir / "metrics.json"))
+
+
 def load_run(run_dir: Path) -> Run:
     """Read one run directory. Raises InputError when it has no manifest or a file in it cannot be read."""
     manifest_path, metrics_path = run_dir / "manifest.json", run_dir / "metrics.json"
