@@ -31,7 +31,7 @@ def composer() -> Iterator[None]:
 def command_of(file: Path) -> list[str]:
     """The words of the first comment that is a command."""
     comments = itertools.takewhile(lambda line: line.startswith("#"), file.read_text().splitlines())
-    commands = [line[2:] for line in comments if line.startswith(("# moeprune ", "# moeprune-train "))]
+    commands = [line[2:] for line in comments if line.startswith(("# moeprune ", "# moeprune-"))]
     assert commands, f"{file} does not begin with a command"
     return shlex.split(commands[0])
 
@@ -73,7 +73,7 @@ def test_the_training_config_composes():
 def test_every_file_begins_with_a_command_that_uses_it(file):
     program, *words = command_of(file)
     if file.parent == CONF:
-        assert (program, file.stem) in [("moeprune", "config"), ("moeprune-train", "train")]
+        assert (program, file.stem) in [("moeprune", "config"), (f"moeprune-{file.stem}", file.stem)]
     else:
         assert program == "moeprune"
         assert f"{file.parent.name}={file.stem}" in words
@@ -83,8 +83,9 @@ def test_every_file_begins_with_a_command_that_uses_it(file):
 def test_the_command_of_every_file_works(file):
     program, *words = command_of(file)
     overrides = [word for word in words if word != "--multirun"]
-    if program == "moeprune-train":
-        OmegaConf.to_container(compose("train", overrides=overrides), resolve=True, throw_on_missing=True)
+    if program != "moeprune":
+        config = compose(program.removeprefix("moeprune-"), overrides=overrides)
+        OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         return
     for point in every_point(overrides):
         config = compose("config", overrides=point, return_hydra_config=True)

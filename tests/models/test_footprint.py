@@ -5,11 +5,15 @@ import torch
 from safetensors.torch import load_file
 
 from moeprune.models.adapter import moe_layers
-from moeprune.models.checkpoint import save_compressed, structure_of
-from moeprune.models.footprint import Parameters, count_bytes, count_parameters
-from moeprune.models.ragged import PackedWeights, RaggedExperts
+from moeprune.models.checkpoint import save_compressed
+from moeprune.models.footprint import Parameters, count_bytes, count_parameters, overhead_names
+from moeprune.models.layer_walk import run_through
+from moeprune.models.quantizable import quantizable_linears
+from moeprune.models.runtime.activations import gated_activation
+from moeprune.models.runtime.ragged import Expert, RaggedExperts
+from moeprune.quantization.int8 import Int8Quantizer
 from moeprune.quantization.nf4 import NF4Quantizer
-from moeprune.surgery.prune import prune
+from moeprune.surgery.prune import cut_layers, prune
 from moeprune.types import Plan
 
 HIDDEN, VOCAB = 32, 257
@@ -87,7 +91,10 @@ def test_biases_count_as_routed_experts_and_a_token_uses_those_of_its_rows(tiny_
     width, experts = layers[0].widths[0], layers[0].expert_count
     plan = Plan(tuple(tuple(torch.arange(width) for _ in range(experts)) for _ in layers), width)
     before = count_parameters(tiny_model)
-    after = count_parameters(prune(tiny_model, plan, biases=[torch.ones(experts, HIDDEN), None]))
+    run_through(
+        cut_layers(tiny_model, plan, before_cut=lambda index, _: None if index else torch.ones(experts, HIDDEN))
+    )
+    after = count_parameters(tiny_model)
     assert after.total - before.total == after.routed - before.routed == experts * HIDDEN
     assert after.active - before.active == 2 * HIDDEN
 
@@ -95,7 +102,7 @@ def test_biases_count_as_routed_experts_and_a_token_uses_those_of_its_rows(tiny_
 def test_experts_that_rows_share_count_once_but_are_used_by_each_row(tiny_model):
     (first, _) = moe_layers(tiny_model)
     before = count_parameters(tiny_model)
-    ragged = RaggedExperts(PackedWeights((8,), HIDDEN), (8,), first.experts.act_fn, [0] * first.expert_count)
+    ragged = RaggedExperts([Expert(8, HIDDEN)], gated_activation(first.experts), [0] * first.expert_count)
     width = first.widths[0]
     tiny_model.set_submodule(first.name, ragged)
     after = count_parameters(tiny_model)
@@ -103,10 +110,16 @@ def test_experts_that_rows_share_count_once_but_are_used_by_each_row(tiny_model)
     assert before.active - after.active == 3 * HIDDEN * 2 * (width - 8)
 
 
-def test_quantising_does_not_change_parameter_counts(tiny_model):
+@pytest.mark.parametrize("quantizer", [NF4Quantizer(), Int8Quantizer()], ids=["nf4", "int8"])
+def test_quantising_does_not_change_parameter_counts(tiny_model, quantizer):
     narrow = half_of_the_experts_narrow(tiny_model)
     before = count_parameters(narrow)
-    assert count_parameters(NF4Quantizer()(narrow)) == before
+    run_through(quantizer(narrow))
+    assert count_parameters(narrow) == before
+
+
+def file_sizes(folder) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 32), (torch.bfloat16, 16)])
@@ -115,27 +128,35 @@ def test_unquantised_bytes_are_parameters_times_bits(tiny_model, byte_tokenizer,
     save_compressed(model, byte_tokenizer, tmp_path, dtype)
     size = count_bytes(tmp_path)
     assert size.ideal == size.with_overhead == count_parameters(model).total * bits // 8
-    assert size.on_disk == (tmp_path / "model.safetensors").stat().st_size
+    assert size.on_disk == file_sizes(tmp_path)
 
 
 def test_a_dense_checkpoint_is_counted_as_it_lies_there(tiny_checkpoint, model_name):
     size = count_bytes(tiny_checkpoint)
     assert size.ideal == size.with_overhead == 4 * COUNTS[model_name].total
-    assert size.on_disk == sum(file.stat().st_size for file in tiny_checkpoint.glob("*.safetensors"))
+    assert size.on_disk == file_sizes(tiny_checkpoint)
 
 
-@pytest.mark.parametrize("double_quantization", [False, True])
-def test_quantised_bytes_are_ideal_four_bits_and_every_stored_tensor(
-    tiny_model, byte_tokenizer, tmp_path, double_quantization
-):
+@pytest.mark.parametrize(
+    ("quantizer", "bits"),
+    [(NF4Quantizer(), 4), (NF4Quantizer(double_quantization=True), 4), (Int8Quantizer(), 8)],
+    ids=["nf4", "nf4 double", "int8"],
+)
+def test_quantised_bytes_are_ideal_bits_and_every_stored_tensor(tiny_model, byte_tokenizer, tmp_path, quantizer, bits):
     model = half_of_the_experts_narrow(tiny_model)
     parameters = count_parameters(model).total
-    model = NF4Quantizer(double_quantization=double_quantization)(model)
+    quantised = sum(linear.weight.numel() for linear in quantizable_linears(model).values())
+    run_through(quantizer(model))
     save_compressed(model, byte_tokenizer, tmp_path, torch.bfloat16)
     size = count_bytes(tmp_path)
-    quantised = sum(outputs * inputs for outputs, inputs in structure_of(model).quantized.values())
-    assert size.ideal == (4 * quantised + 16 * (parameters - quantised)) // 8
-    stored = load_file(tmp_path / "model.safetensors").values()
+    assert size.ideal == (bits * quantised + 16 * (parameters - quantised)) // 8
+    stored = [tensor for file in tmp_path.glob("*.safetensors") for tensor in load_file(file).values()]
     assert size.with_overhead == sum(tensor.nbytes for tensor in stored)
-    assert size.on_disk == (tmp_path / "model.safetensors").stat().st_size
+    assert size.on_disk == file_sizes(tmp_path)
     assert size.ideal < size.with_overhead < size.on_disk
+
+
+def test_what_quantising_adds_is_told_by_name():
+    names = ["a.weight", "a.weight.absmax", "a.weight.quant_state.bitsandbytes__nf4", "a.bias", "b.weight", "b.SCB"]
+    names += ["b.weight_format", "c.weight", "c.weight.of_another_kind"]
+    assert overhead_names(names) == [names[1], names[2], names[5], names[6]]

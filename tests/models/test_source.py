@@ -113,9 +113,7 @@ class TestStreaming:
         return lambda count: monkeypatch.setattr(source_module, "_free_bytes", lambda _device: count)
 
     @one_model
-    def test_a_model_is_streamed_when_it_takes_too_much_of_the_memory(
-        self, source, tiny_model, free_bytes, caplog
-    ):
+    def test_a_model_is_streamed_when_it_takes_too_much_of_the_memory(self, source, tiny_model, free_bytes, caplog):
         caplog.set_level(logging.INFO)
         takes = sum(tensor.nbytes for tensor in tiny_model.state_dict().values())
         free_bytes(int(takes / 0.59))

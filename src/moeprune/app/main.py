@@ -28,6 +28,18 @@ def train() -> None:
     _run_command(_training_job, "train")
 
 
+def footprint() -> None:
+    """Predict what pruned and quantised models take, without their weights."""
+    from moeprune.app.footprint import run_footprint
+
+    _guarded(lambda: run_footprint(sys.argv[1:], config_folder()), "footprint")
+
+
+def export() -> None:
+    """Write a pruned checkpoint in a format that stock engines run."""
+    _run_command(_export_job, "export")
+
+
 def config_folder() -> Path:
     """``conf/``: inside an installed wheel, or at the top of the source tree."""
     package = Path(moeprune.__file__).parent
@@ -48,6 +60,12 @@ def _training_job(config: DictConfig) -> None:
     run_training(config)
 
 
+def _export_job(config: DictConfig) -> None:
+    from moeprune.app.export import run_export
+
+    run_export(config)
+
+
 def _run_command(job: Callable[[DictConfig], None], config_name: str) -> None:
     # Hydra would print its own errors and hide ours; with this it raises them, and they are explained below.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -56,10 +74,15 @@ def _run_command(job: Callable[[DictConfig], None], config_name: str) -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # a log file gets a line per stage instead of progress bars
     decorate: Any = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)
+    _guarded(decorate(job), config_name)
+
+
+def _guarded(command: Callable[[], None], config_name: str) -> None:
+    """Run ``command``; what the user can mend ends it with one message and an exit code."""
     # A cluster or `timeout` ends a job with SIGTERM: the manifest is to say so, as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        decorate(job)()
+        command()
     except KeyboardInterrupt:
         _stop("Interrupted. Finished stages are kept; the same command goes on from them.", INTERRUPTED)
     except Exception as error:

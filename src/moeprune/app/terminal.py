@@ -22,6 +22,6 @@ def quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when evaluation imports it
-    for name in ("httpx", "lm_eval", "lightning.pytorch", "datasets"):
+    for name in ("bitsandbytes", "httpx", "lm_eval", "lightning.pytorch", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)

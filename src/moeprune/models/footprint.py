@@ -1,27 +1,25 @@
 """How large a model is: parameters, and bytes counted three ways."""
 
-import json
+from collections.abc import Iterable
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 
-from moeprune.models.adapter import moe_layers
-from moeprune.models.checkpoint import STRUCTURE
-from moeprune.models.four_bit import quantized_module, quantized_shape
+from moeprune.models.adapter import MoeLayer, moe_layers
+from moeprune.models.four_bit import four_bit_modules
 from moeprune.models.shape import read_header, weight_files
 
-_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8}
-QUANTIZED_BITS = 4
+# What bitsandbytes stores beside the codes of a layer in eight bits.
+PARTS_OF_EIGHT_BITS = (".SCB", ".weight_format")
 
 
 @dataclass(frozen=True)
 class Parameters:
     """Parameter counts: all, those of routed experts (their biases included), and those that one token uses.
 
-    ``active`` counts top-k router rows of the layer's mean width, rows without an expert as 0; which experts a token
+    ``active`` counts top-k router rows of the layer's mean size, rows without an expert as 0; which experts a token
     really meets depends on routing.
     """
 
@@ -45,32 +43,50 @@ class Bytes:
 
 def count_parameters(model: nn.Module) -> Parameters:
     """Counts of a dense, pruned or quantised model; tied weights count once."""
-    total = sum(parameter.numel() for parameter in model.parameters() if parameter.dtype.is_floating_point)
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            total += prod(quantized_shape(module))
-    routed = used = 0.0
+    total = _parameters_in(model)
+    routed, used = 0, 0.0
     for layer in moe_layers(model):
-        channel_parameters = 3 * layer.hidden_size
-        bias_EH = getattr(layer.experts, "bias_EH", None)
-        biases = 0 if bias_EH is None else bias_EH.numel()
-        routed += channel_parameters * sum(layer.stored_widths) + biases
-        used += (channel_parameters * sum(layer.widths) + biases) * layer.top_k / layer.expert_count
-    return Parameters(total, int(routed), round(total - routed + used))
+        routed += _parameters_in(layer.experts)
+        used += _led_to_by_rows(layer) * layer.top_k / layer.expert_count
+    return Parameters(total, routed, round(total - routed + used))
 
 
 def count_bytes(folder: Path) -> Bytes:
     """Bytes of the checkpoint in ``folder``, dense or compressed, from its headers."""
-    structure = folder / STRUCTURE
-    quantized = json.loads(structure.read_text())["quantized"] if structure.exists() else {}
-    ideal_bits = sum(QUANTIZED_BITS * prod(shape) for shape in quantized.values())
-    with_overhead = on_disk = 0
-    for file in weight_files(folder):
-        on_disk += file.stat().st_size
+    files = weight_files(folder)
+    sizes: dict[str, int] = {}
+    for file in files:
         for name, entry in read_header(file).items():
             start, end = entry["data_offsets"]
-            with_overhead += end - start
-            module = quantized_module(name)
-            if module not in quantized or name.endswith(".bias"):
-                ideal_bits += _BITS[entry["dtype"]] * prod(entry["shape"])
-    return Bytes(-(-ideal_bits // 8), with_overhead, on_disk)
+            sizes[name] = end - start
+    with_overhead = sum(sizes.values())
+    return Bytes(
+        ideal=with_overhead - sum(sizes[name] for name in overhead_names(sizes)),
+        with_overhead=with_overhead,
+        on_disk=sum(file.stat().st_size for file in files),
+    )
+
+
+def overhead_names(names: Iterable[str]) -> list[str]:
+    """Which tensors of a checkpoint hold no weights: scales, code books and descriptions of quantised layers."""
+    names = list(names)
+    four_bit = four_bit_modules(names)
+    return [name for name in names if name.endswith(PARTS_OF_EIGHT_BITS) or name.rpartition(".weight.")[0] in four_bit]
+
+
+def _led_to_by_rows(layer: MoeLayer) -> int:
+    """Parameters that the router's rows lead to; an expert that several rows share counts for each."""
+    if not hasattr(layer.experts, "slot_of_row"):
+        return _parameters_in(layer.experts)
+    sizes = [_parameters_in(expert) for expert in layer.experts]
+    biases = 0 if layer.experts.bias_EH is None else layer.experts.bias_EH.numel()
+    return biases + sum(sizes[slot] for slot in layer.experts.slot_of_row if slot >= 0)
+
+
+def _parameters_in(module: nn.Module) -> int:
+    """Parameters below ``module``; codes of quantised layers count as the weights that they stand for."""
+    count = sum(parameter.numel() for parameter in module.parameters() if parameter.dtype.is_floating_point)
+    for part in module.modules():
+        if isinstance(part, Linear4bit | Linear8bitLt) and not part.weight.dtype.is_floating_point:
+            count += part.out_features * part.in_features
+    return count

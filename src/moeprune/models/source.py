@@ -116,7 +116,7 @@ class ModelSource:
         local = local_folder(self.path)
         if local is not None:
             return local
-        patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model"]
+        patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model", "README.md", "LICENSE*", "NOTICE*"]
         try:
             return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=patterns))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

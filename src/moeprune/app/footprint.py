@@ -1,0 +1,164 @@
+"""The command ``moeprune-footprint``: what models would take, from their configs, before anything is downloaded."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, ValidationError
+
+from moeprune.allocation.budget import Budget
+from moeprune.app.check import ModelConfig
+from moeprune.errors import InputError
+from moeprune.models.shape import local_folder
+from moeprune.report.footprint import GIBIBYTE, GPUS, FootprintRow, require_known_ending, write_footprint
+from moeprune.report.published import KINDS_TEXT
+
+USAGE = """\
+moeprune-footprint - predicted sizes of pruned and quantised models, without their weights
+
+One model:  moeprune-footprint model=qwen3_30b_a3b ratio=0.25 quantizer=nf4
+A table:    moeprune-footprint model=qwen3_30b_a3b,mixtral_8x7b ratio=0,0.25,0.5 quantizer=none,int8,nf4
+To a file:  ... file=footprint.md (or .csv, .json)
+Settings:   context, batch (for the KV cache), margin_gib; those of conf/footprint.yaml"""
+
+SHORT_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclass
+class FootprintConfig:
+    """Mirrors conf/footprint.yaml."""
+
+    model: ModelConfig
+    quantizer: dict[str, Any]
+    ratio: float
+    context: int
+    batch: int
+    margin_gib: float
+    file: str | None
+
+
+def run_footprint(words: Sequence[str], config_folder: Path) -> None:
+    """Print the table for every combination of the values in ``words``. Raises what the user can mend."""
+    if {"-h", "--help"} & set(words):
+        print(USAGE)
+        return
+    with initialize_config_dir(str(config_folder), version_base="1.3"):
+        configs = [_checked(compose("footprint", overrides=point)) for point in _points(words)]
+    first = configs[0]
+    file = Path(first.file) if first.file else None
+    require_known_ending(file)
+    # Everything heavy is imported only now.
+    from moeprune.app.terminal import quiet_libraries, terminal
+
+    quiet_libraries()
+    write_footprint(list(_rows(configs)), _captions(first), terminal(), file)
+
+
+def _points(words: Sequence[str]) -> Iterator[list[str]]:
+    """The overrides of each combination; what stands last on the command line changes fastest."""
+    flags = [word for word in words if word.startswith("-")]
+    if flags:
+        raise InputError(f"{flags[0]} is no option here.", change="Several values need no --multirun: ratio=0,0.5")
+    choices = []
+    for word, override in zip(words, OverridesParser.create().parse_overrides(list(words)), strict=True):
+        key = word.split("=", 1)[0]
+        values = list(override.sweep_string_iterator()) if override.is_sweep_override() else []
+        choices.append([f"{key}={value}" for value in values] or [word])
+    yield from (list(point) for point in itertools.product(*choices))
+
+
+def _checked(config: DictConfig) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(FootprintConfig), config)
+    except ConfigKeyError as error:
+        raise InputError(f"{error.full_key or error.key} is not a setting.", change=USAGE) from error
+    except ValidationError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{error.full_key}: {reason}", change="Give a value of that type.") from error
+    assert isinstance(merged, DictConfig)
+    for name in ("context", "batch"):
+        if merged[name] < 1:
+            raise InputError(f"{name}={merged[name]} is not possible.", change="Use a whole number of at least 1.")
+    if merged.model.expected is None and local_folder(merged.model.path) is None:
+        raise InputError(
+            f"The shapes of {merged.model.path} are not known before it is downloaded.",
+            change="Use a model of docs/model.md, or give model.path a folder that holds at least its config.json.",
+        )
+    return merged
+
+
+def _rows(configs: Sequence[DictConfig]) -> Iterator[FootprintRow]:
+    from moeprune.app.build import build_optional
+
+    dense: dict[str, Any] = {}
+    for config in configs:
+        source = build_optional("model", config.model)
+        key = str(config.model)
+        if key not in dense:
+            dense[key] = _Dense(source)
+        yield _row(config, source, dense[key], build_optional("quantizer", config.quantizer))
+
+
+class _Dense:
+    """The unpruned model, without memory for its weights, and what every row says of it."""
+
+    def __init__(self, source: Any) -> None:
+        from moeprune.models.expected import config_of, read_config
+        from moeprune.models.prediction import empty_model, even_widths, predict, shape_of
+
+        facts = config_of(source.expected) if source.expected else read_config(source.folder())
+        self.model = empty_model(facts, source.computation_dtype)
+        self.shape = shape_of(self.model)
+        whole = even_widths(self.shape, self.shape.layers * self.shape.experts * self.shape.width, 1, self.shape.width)
+        predicted = predict(self.model, whole, source.computation_dtype)
+        self.parameters = predicted.parameters.total
+        self.largest_layer = predicted.largest_layer
+
+
+def _row(config: DictConfig, source: Any, dense: _Dense, quantizer: Any) -> FootprintRow:
+    from moeprune.models.prediction import even_widths, predict
+    from moeprune.models.prediction_cache import cache_size
+
+    limits = {"alignment": source.alignment, "minimum_width": source.minimum_width}
+    budget = Budget.for_model(dense.shape, ratio=config.ratio, **limits)
+    widths_LE = even_widths(dense.shape, budget.kept_channels, **limits)
+    predicted = predict(dense.model, widths_LE, source.storage_dtype, quantizer)
+    cache = cache_size(dense.model.config, config.context, source.computation_dtype.itemsize)
+    held = predicted.bytes.with_overhead + config.batch * cache.at_context
+    return FootprintRow(
+        model=source.name,
+        ratio=config.ratio,
+        removed_ratio=1 - budget.kept_channels / budget.total_channels,
+        precision=quantizer.label if quantizer else SHORT_NAMES[source.dtype],
+        bits=quantizer.bits if quantizer else 8 * source.storage_dtype.itemsize,
+        total_parameters=predicted.parameters.total,
+        routed_parameters=predicted.parameters.routed,
+        active_parameters=predicted.parameters.active,
+        dense_parameters=dense.parameters,
+        dense_bytes=dense.parameters * source.storage_dtype.itemsize,
+        ideal_bytes=predicted.bytes.ideal,
+        stored_bytes=predicted.bytes.with_overhead,
+        file_bytes=predicted.bytes.on_disk,
+        largest_layer_bytes=dense.largest_layer,
+        cache_per_token=cache.per_token,
+        cache_bytes=config.batch * cache.at_context,
+        needed_bytes=held + int(config.margin_gib * GIBIBYTE),
+    )
+
+
+def _captions(config: DictConfig) -> dict[str, str]:
+    gpus = ", ".join(f"{name} {mebibytes / 1024:.1f} GiB" for name, mebibytes in GPUS.items())
+    return {
+        "parameters": "Removed: of all parameters. Active: for one token.",
+        "size": "Ideal: every weight at its nominal bits. Stored: every tensor, scales and code books included. (x): "
+        "times smaller than the unpruned model in its storage precision. Published: arXiv 2606.18304, in the unit that "
+        f"its numbers are in; {KINDS_TEXT} (docs/footprint.md).",
+        "memory": "Largest layer: of the unpruned model, what streaming holds at once. "
+        f"KV cache: {config.batch} x {config.context} tokens. Needed: stored + KV cache + {config.margin_gib:g} GiB. "
+        f"GPUs hold: {gpus}.",
+    }

@@ -1,0 +1,205 @@
+"""Predicts what a pruned, perhaps quantised model takes, from the shapes in its config alone: no weights are needed.
+
+The family's own model is built without memory (on the meta device); what `moeprune.models.checkpoint` would write of
+it is then counted tensor by tensor.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from moeprune.models.adapter import MoeLayer, decoder_layers, moe_layers
+from moeprune.models.checkpoint_files import Structure, layer_metadata, never_rounded, stored_precision
+from moeprune.models.families import to_contract
+from moeprune.models.footprint import Bytes, Parameters
+from moeprune.models.prediction_tensors import CODE_OF_DTYPE, Parts, TensorSpec, file_bytes
+from moeprune.models.quantizable import quantizable_linears
+from moeprune.models.shape import ExpertShape
+
+REST = ""  # what belongs to no decoder layer
+
+
+class Storage(Protocol):
+    """How a quantizer stores the weight of a linear layer."""
+
+    def parts(self, shape: tuple[int, int], dtype: str) -> Parts:
+        """The tensors that stand for a weight [out, in] which was computed with in ``dtype``."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor before quantising. ``buffer``: no parameter. ``linear``: the weight of a layer that quantizers take."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    buffer: bool = False
+    linear: bool = False
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Sizes of one compressed model; ``largest_layer`` in bytes, of the decoder layer that takes most."""
+
+    parameters: Parameters
+    bytes: Bytes
+    largest_layer: int
+
+
+def empty_model(config: PreTrainedConfig, compute_dtype: torch.dtype) -> PreTrainedModel:
+    """The family's model without memory for its weights, its experts as the contract says.
+
+    Raises ModelError when it has no routed experts.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype)
+    to_contract(model)
+    moe_layers(model)
+    return model
+
+
+def shape_of(model: PreTrainedModel) -> ExpertShape:
+    """The shape of its experts, as `moeprune.models.shape.read_shape` reads it from a checkpoint."""
+    layers = moe_layers(model)
+    first = layers[0]
+    return ExpertShape(len(layers), first.expert_count, first.widths[0], first.top_k, first.routes_by_group)
+
+
+def even_widths(shape: ExpertShape, kept_channels: int, alignment: int, minimum_width: int) -> list[list[int]]:
+    """Widths [L][E] that sum to ``kept_channels``, as even as whole blocks allow.
+
+    As the allocator `uniform` gives them. Where that would leave experts below the minimum, some keep none.
+    """
+    blocks = kept_channels // alignment
+    holders = min(shape.layers * shape.experts, kept_channels // minimum_width)
+    base, extra = divmod(blocks, holders)
+    widths = [[0] * shape.experts for _ in range(shape.layers)]
+    for place in range(holders):
+        widths[place % shape.layers][place // shape.layers] = (base + (place < extra)) * alignment
+    return widths
+
+
+def predict(
+    model: PreTrainedModel, widths_LE: Sequence[Sequence[int]], dtype: torch.dtype, quantizer: Storage | None = None
+) -> Prediction:
+    """The size of ``model`` (without memory is enough) when its experts keep so many channels.
+
+    An expert that keeps none is gone, and with it its router row. ``dtype`` is what is not quantised is stored in;
+    the bytes are those of `moeprune.models.footprint.count_bytes` on the checkpoint, files and headers included. With
+    double quantisation the files are off by a few bytes per matrix, for digits that depend on the weights.
+    """
+    layers = moe_layers(model)
+    widths_of = {layer.name: tuple(widths) for layer, widths in zip(layers, widths_LE, strict=True)}
+    shards = _weights(model, layers, widths_of, dtype)
+    compute_dtype = str(model.dtype).removeprefix("torch.")
+    ideal = with_overhead = on_disk = largest = 0
+    for shard, weights in shards.items():
+        specs = [spec for weight in weights for spec in _stored(weight, quantizer, compute_dtype)]
+        size = sum(spec.nbytes for spec in specs)
+        ideal += sum(spec.nbytes for spec in specs if not spec.overhead)
+        with_overhead += size
+        on_disk += file_bytes(specs, _metadata(shard, layers, widths_of))
+        largest = max(largest, size if shard != REST else 0)
+    counted = Bytes(ideal, with_overhead, on_disk)
+    return Prediction(_parameters(shards, layers, widths_of), counted, largest)
+
+
+def _weights(
+    model: PreTrainedModel, layers: Sequence[MoeLayer], widths_of: Mapping[str, Sequence[int]], dtype: torch.dtype
+) -> dict[str, list[Weight]]:
+    """What is left of the model after pruning, by decoder layer."""
+    names = {id(module): name for name, module in model.named_modules()}
+    linear = {f"{name}.weight" for name in quantizable_linears(model)}
+    fused = tuple(f"{name}." for name in widths_of)
+    router_of = {id(tensor): layer for layer in layers for tensor in _tensors(layer.router)}
+    shards: dict[str, list[Weight]] = {name: [] for name, _ in decoder_layers(model)}
+    shards[REST] = []
+    kept = never_rounded(model)
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen or name.startswith(fused):
+            continue  # tied to a tensor that is there already; fused experts, which follow below
+        seen.add(id(tensor))
+        shape = tuple(tensor.shape)
+        if layer := router_of.get(id(tensor)):
+            shape = _live_rows(shape, layer.expert_count, sum(width > 0 for width in widths_of[layer.name]))
+        buffer = not isinstance(tensor, nn.Parameter)
+        shard = next((shard for shard in shards if shard and name.startswith(f"{shard}.")), REST)
+        precision = tensor.dtype if buffer else stored_precision(name, dtype, kept)
+        shards[shard].append(Weight(name, _code(precision), shape, buffer, name in linear))
+    for layer in layers:
+        shards[names[id(layer.decoder_layer)]] += _expert_weights(layer, widths_of[layer.name], _code(dtype))
+    return shards
+
+
+def _expert_weights(layer: MoeLayer, widths: Sequence[int], code: str) -> Iterator[Weight]:
+    """The tensors of `moeprune.models.runtime.ragged.Expert`, expert by expert, without those that keep nothing."""
+    biased = hasattr(layer.experts, "gate_up_bias")
+    hidden = layer.hidden_size
+    for slot, width in enumerate(width for width in widths if width):
+        for part, shape in (
+            ("gate_proj", (width, hidden)), ("up_proj", (width, hidden)), ("down_proj", (hidden, width)),
+        ):  # fmt: skip
+            name = f"{layer.name}.{slot}.{part}"
+            yield Weight(f"{name}.weight", code, shape, linear=True)
+            if biased:
+                yield Weight(f"{name}.bias", code, shape[:1])
+
+
+def _stored(weight: Weight, quantizer: Storage | None, compute_dtype: str) -> Iterator[TensorSpec]:
+    """The tensors that stand for it in the file."""
+    if quantizer is None or not weight.linear:
+        yield TensorSpec(weight.name, weight.dtype, weight.shape)
+        return
+    module = weight.name.removesuffix(".weight")
+    outputs, inputs = weight.shape
+    for part, (code, shape) in quantizer.parts((outputs, inputs), compute_dtype).items():
+        yield TensorSpec(f"{module}.{part}", code, shape, overhead=part != "weight")
+
+
+def _parameters(
+    shards: Mapping[str, Sequence[Weight]], layers: Sequence[MoeLayer], widths_of: Mapping[str, Sequence[int]]
+) -> Parameters:
+    """As `moeprune.models.footprint.count_parameters` counts them."""
+    total = routed = 0
+    used = 0.0
+    for weights in shards.values():
+        total += sum(prod(weight.shape) for weight in weights if not weight.buffer)
+    for layer in layers:
+        own = sum(prod(weight.shape) for weight in _expert_weights(layer, widths_of[layer.name], ""))
+        routed += own
+        used += own * layer.top_k / sum(width > 0 for width in widths_of[layer.name])
+    return Parameters(total, routed, round(total - routed + used))
+
+
+def _metadata(shard: str, layers: Sequence[MoeLayer], widths_of: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """What the writer notes in the shard's header."""
+    if shard == REST:
+        return {"format": "pt"}
+    inside = [layer for layer in layers if layer.name.startswith(f"{shard}.")]
+    structure = Structure(
+        widths={layer.name: tuple(width for width in widths_of[layer.name] if width) for layer in inside},
+        expert_biases=tuple(layer.name for layer in inside if hasattr(layer.experts, "gate_up_bias")),
+        gates_inputs=tuple(layer.name for layer in inside if layer.gates_inputs),
+    )
+    return {"format": "pt", **layer_metadata(shard, structure)}
+
+
+def _live_rows(shape: tuple[int, ...], experts: int, live: int) -> tuple[int, ...]:
+    """What `moeprune.models.adapter.keep_router_rows` makes of a router's tensor."""
+    axis = 1 if shape == (1, experts) else 0
+    return tuple(live if place == axis and size == experts else size for place, size in enumerate(shape))
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _code(dtype: torch.dtype) -> str:
+    return CODE_OF_DTYPE[str(dtype).removeprefix("torch.")]
