@@ -27,7 +27,7 @@ class Batch:
     With ``gates_inputs`` the gate scales what goes into an expert, not what comes out of it.
     """
 
-    experts: Any
+    experts: Sequence[Any]
     activation: GatedActivation
     hidden_TH: Tensor
     slots_TK: Tensor
@@ -150,7 +150,7 @@ def _suits_grouped_products(batch: Batch) -> bool:
     return has_few_plain_widths(experts, hidden_TH)
 
 
-def has_few_plain_widths(experts: Any, hidden_TH: Tensor) -> bool:
+def has_few_plain_widths(experts: Sequence[Any], hidden_TH: Tensor) -> bool:
     """At most a quarter as many widths as experts, all of whole 16 bytes in 16 bits; linear layers without bias, on
     the tokens' device."""
     widths = {expert.width for expert in experts}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import GatedActivation
-from .dispatch import combine, dispatch
+from .kernels import Batch, mix_experts
 
 
 class Expert(nn.Module):
@@ -94,13 +94,7 @@ class RaggedExperts(nn.ModuleList):
             nothing = len(self)
             slots_E = [slot if slot >= 0 else nothing for slot in self.slot_of_row]
             slots_TK = torch.tensor(slots_E, device=experts_TK.device)[experts_TK]
-        routed = dispatch(slots_TK, gates_TK, len(self), self.gates_inputs)
-        experts, hidden_AH = self.experts, routed.inputs(hidden_TH)
-        outputs = [hidden_TH.new_zeros(0, hidden_TH.shape[1])]  # where no token met an expert
-        for slot, rows in routed.active():
-            expert, x_TH = experts[slot], hidden_AH[rows]
-            outputs.append(expert.down_proj(self.activation(expert.gate_proj(x_TH), expert.up_proj(x_TH))))
-        mixed_TH = combine(torch.cat(outputs), routed, len(hidden_TH))
+        mixed_TH = mix_experts(Batch(self.experts, self.activation, hidden_TH, slots_TK, gates_TK, self.gates_inputs))
         if self.bias_EH is None:
             return mixed_TH
         output_gates_TK = torch.ones_like(gates_TK) if self.gates_inputs else gates_TK
