@@ -17,7 +17,7 @@ ORDER = (
     ("models",),
     ("embedded", "training"),
     ("calibration",),
-    ("scoring", "allocation", "surgery", "quantization", "recovery", "evaluation"),
+    ("scoring", "allocation", "surgery", "quantization", "recovery", "evaluation", "export"),
     ("pipeline",),
     ("app",),
 )

@@ -82,11 +82,16 @@ def checked(config: DictConfig) -> DictConfig:
     return merged
 
 
-def _check_model(config: DictConfig) -> None:
-    model = config.model
+def check_precisions(model: DictConfig) -> None:
+    """Raise InputError for a ``dtype`` or ``compute_dtype`` that weights cannot have."""
     for key in ("dtype", "compute_dtype"):
         if model[key] not in DTYPES:
             raise InputError(f"model.{key}={model[key]} is not possible.", possible=DTYPES, given=model[key])
+
+
+def _check_model(config: DictConfig) -> None:
+    model = config.model
+    check_precisions(model)
     if not 0 <= config.ratio < 1:
         raise InputError(
             f"ratio={config.ratio} is not possible: it is the fraction of routed-expert channels to remove.",

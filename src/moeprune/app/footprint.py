@@ -1,6 +1,7 @@
 """The command ``moeprune-footprint``: what models would take, from their configs, before anything is downloaded."""
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, ValidationError
 
 from moeprune.allocation.budget import Budget
-from moeprune.app.check import ModelConfig
+from moeprune.app.check import ModelConfig, check_precisions
 from moeprune.errors import InputError
 from moeprune.models.shape import local_folder
 from moeprune.report.footprint import GIBIBYTE, GPUS, FootprintRow, require_known_ending, write_footprint
@@ -25,6 +26,9 @@ One model:  moeprune-footprint model=qwen3_30b_a3b ratio=0.25 quantizer=nf4
 A table:    moeprune-footprint model=qwen3_30b_a3b,mixtral_8x7b ratio=0,0.25,0.5 quantizer=none,int8,nf4
 To a file:  ... file=footprint.md (or .csv, .json)
 Settings:   context, batch (for the KV cache), margin_gib; those of conf/footprint.yaml"""
+
+# The captions say them once for all rows.
+ONE_PER_TABLE = ("context", "batch", "margin_gib", "file")
 
 SHORT_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -68,6 +72,8 @@ def _points(words: Sequence[str]) -> Iterator[list[str]]:
     for word, override in zip(words, OverridesParser.create().parse_overrides(list(words)), strict=True):
         key = word.split("=", 1)[0]
         values = list(override.sweep_string_iterator()) if override.is_sweep_override() else []
+        if values and key in ONE_PER_TABLE:
+            raise InputError(f"One table has one {key}, not {', '.join(values)}.", change="Give one value.")
         choices.append([f"{key}={value}" for value in values] or [word])
     yield from (list(point) for point in itertools.product(*choices))
 
@@ -84,6 +90,9 @@ def _checked(config: DictConfig) -> DictConfig:
     for name in ("context", "batch"):
         if merged[name] < 1:
             raise InputError(f"{name}={merged[name]} is not possible.", change="Use a whole number of at least 1.")
+    if not 0 <= merged.margin_gib < math.inf:
+        raise InputError(f"margin_gib={merged.margin_gib} is not possible.", change="Use a number of at least 0.")
+    check_precisions(merged.model)
     if merged.model.expected is None and local_folder(merged.model.path) is None:
         raise InputError(
             f"The shapes of {merged.model.path} are not known before it is downloaded.",

@@ -1,0 +1,1 @@
+"""Writes pruned checkpoints in formats that stock engines run: transformers, vLLM, llama.cpp."""
