@@ -116,7 +116,7 @@ def test_several_values_make_one_table_and_its_file_has_every_number(command, tm
     code, out, _ = command(*words, "file=sizes.csv")
     rows = list(csv.DictReader((tmp_path / "sizes.csv").open()))
     assert (code, len(rows)) == (0, 12)
-    assert out.count("tiny_deepseek_v2") % 6 == 0
+    assert out.count("tiny_deepseek_v2") == 3 * 6  # three groups of columns
     assert [row["precision"] for row in rows[:3]] == ["bf16", "int8", "nf4"]
     assert rows[0]["total_parameters"] == "4339648"
     assert int(rows[0]["cache_bytes"]) == 300 * int(rows[0]["cache_per_token"])
@@ -158,6 +158,14 @@ def tiny_checkpoint_config(tmp_path, build_model) -> Path:
         (["context=0"], "context=0 is not possible"),
         (["model=checkpoint", "model.path=nobody/no-such-model"], "not known before it is downloaded"),
         (["model=gpt_oss_20b", "model.alignment=128"], "blocks must divide the width"),
+        (["model.dtype=int3"], "model.dtype=int3 is not possible"),
+        (["model.compute_dtype=bf16"], "Did you mean: bfloat16"),
+        (["margin_gib=-1"], "margin_gib=-1.0 is not possible"),
+        (["margin_gib=nan"], "margin_gib=nan is not possible"),
+        (["context=4096,8192"], "One table has one context"),
+        (["file=no_such_folder/table.md"], "no_such_folder is no folder of yours"),
+        (["quantizer=nf4", "quantizer.block_size=100"], "block_size=100 is not possible"),
+        (["file=a.md,b.md"], "One table has one file"),
     ],
 )
 def test_a_wrong_command_is_one_message(command, words, said):

@@ -15,6 +15,7 @@ from moeprune.errors import InputError
 from moeprune.models.adapter import decoder_layers
 from moeprune.models.families import to_contract
 from moeprune.models.streaming import stream_dense
+from moeprune.models.workspace import Workspace
 
 CPU = torch.device("cpu")
 PASSES = {
@@ -40,12 +41,15 @@ def streamed(family, tmp_path):
 
 
 @pytest.mark.parametrize("name", PASSES)
-def test_a_streamed_model_gives_the_same(family, streamed, name, random_windows):
+def test_a_streamed_model_gives_the_same(family, streamed, name, random_windows, tmp_path):
+    """With its hidden states in files."""
     whole = build_family(family)
     to_contract(whole)
     with left_as_it_was(whole, random_windows.input_ids_NT):
         expected = PASSES[name](whole, random_windows, batch_size=2)
-    found = PASSES[name](streamed, random_windows, batch_size=2)
+    workspace = Workspace(tmp_path / "walk", activations_gib=0.0)
+    found = PASSES[name](streamed, random_windows, 2, workspace)
+    assert workspace.depth == len(list(decoder_layers(streamed.model)))
     for field in fields(expected):
         assert torch.equal(getattr(found, field.name), getattr(expected, field.name))
     for _, layer in decoder_layers(streamed.model):

@@ -113,3 +113,13 @@ def test_what_would_read_all_layers_for_each_token_is_an_input_error(streamed, b
     model = StreamedLM(streamed, byte_tokenizer, batch_size=2, limit=512)
     with pytest.raises(InputError, match=r"model\.streaming=never"):
         getattr(model, kind)([])
+
+
+@one_model
+@pytest.mark.parametrize("tokens", [0, 9], ids=["nothing", "more than the model can take"])
+def test_what_cannot_be_judged_is_an_input_error(streamed, byte_tokenizer, tokens):
+    """lm-eval's own adapter refuses it too."""
+    model = StreamedLM(streamed, byte_tokenizer, batch_size=2, limit=8)
+    assert model._loglikelihood_tokens([(("", ""), [1], [2] * 8)])
+    with pytest.raises(InputError, match=f"probability of {tokens} tokens.*1 to 8"):
+        model._loglikelihood_tokens([(("", ""), [1], [2]), (("", ""), [1], [2] * tokens)])

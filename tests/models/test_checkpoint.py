@@ -323,6 +323,11 @@ def change_config(folder, change):
     (folder / CONFIG).write_text(json.dumps(config))
 
 
+def widen_badly(folder):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"hidden_size": "wide"}))
+
+
 def change_weights(folder, change, file=REST):
     """Change a file's tensors, and the index with them."""
     tensors = load_file(folder / file)
@@ -335,6 +340,7 @@ def change_weights(folder, change, file=REST):
 
 EXPERT = "model.layers.1.mlp.experts.0.gate_proj.weight"
 MISFITS = {
+    "setting of another type": widen_badly,
     "no structure": lambda folder: change_config(folder, lambda s: s.clear()),
     "structure without widths": lambda folder: change_config(folder, lambda s: s.pop("widths")),
     "structure without a layer": lambda folder: change_config(folder, lambda s: s["widths"].popitem()),

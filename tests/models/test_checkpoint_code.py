@@ -88,10 +88,10 @@ def quantised(model: PreTrainedModel, quantizer: Callable) -> PreTrainedModel:
     return model
 
 
-def half(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model as from_pretrained gives it in bfloat16: precisions as the family wants them."""
+def half(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model as from_pretrained gives it in half precision: precisions as the family wants them."""
     model.save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 QUANTIZERS = {
@@ -100,6 +100,7 @@ QUANTIZERS = {
     "int8": Int8Quantizer(),
 }
 FULL_PRECISION = ("deepseek_v3", "ernie4_5_moe", "gpt_oss", "llama4", "minimax")  # some weights or buffers in float32
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # Where from, which, and how it is kept.
 CASES = [
     *(f"tiny {name} {kind}" for name in TINY_MODELS for kind in ("float32", "nf4", "nf4-double")),
@@ -108,6 +109,7 @@ CASES = [
     *(f"embedded {name} float32" for name in embedded_models()),
     *(f"family {name} float32" for name in FAMILIES),
     *(f"family {name} bfloat16" for name in FULL_PRECISION),
+    "family gpt_oss float16",  # norms in float32, which they are not in bfloat16
     *(f"family {name} nf4" for name in ("deepseek", "ernie4_5_moe", "gpt_oss", "llama4")),
 ]
 
@@ -122,8 +124,8 @@ def cases(build_model, byte_tokenizer, tmp_path_factory) -> dict[str, Case]:
             dense = AutoModelForCausalLM.from_pretrained(local_folder(f"embedded:{name}"), dtype=torch.float32)
         else:
             dense = build_model(name, torch.float32) if origin == "tiny" else build_family(name, torch.float32)
-        if kind == "bfloat16":
-            dense = half(dense, root / "dense" / name)
+        if kind in HALVES:
+            dense = half(dense, root / "dense" / name, HALVES[kind])
         return quantised(cut(dense), QUANTIZERS[kind]) if kind in QUANTIZERS else cut(dense)
 
     models = {case: build(case) for case in CASES}

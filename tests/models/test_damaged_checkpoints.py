@@ -114,7 +114,7 @@ def test_another_shape_than_the_config_says_is_refused_everywhere(folder, load, 
 def test_a_model_type_that_nobody_knows_is_refused(folder, load):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "nobody_moe"}))
-    assert_refused(load, r"(?s)cannot be (?:loaded|read).*nobody_moe")
+    assert_refused(load, "of the family 'nobody_moe', which transformers does not have")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)

@@ -47,8 +47,40 @@ def test_of_a_model_that_also_sees_the_text_models_facts_count(tmp_path):
     require_expected(tmp_path, {"model_type": "qwen3_5_moe_text", "hidden_size": 96})
 
 
-def test_what_cannot_be_read_or_built_is_a_model_error(tmp_path):
-    with pytest.raises(ModelError, match="cannot be read"):
+def test_code_in_a_checkpoint_is_neither_run_nor_offered_to_be_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    (tmp_path / "code.py").write_text("raise SystemExit('this was run')")
+    config = {"model_type": "of_nobody", "auto_map": {"AutoConfig": "code.TheirConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"of_nobody.*\n.*code of a checkpoint is never run"):
         read_config(tmp_path)
+
+
+def test_a_tokenizer_of_other_code_is_neither_run_nor_offered(folder, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    (folder / "code.py").write_text("raise SystemExit('this was run')")
+    tokenizer = {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["code.Theirs", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ModelError, match="tokenizer"):
+        ModelSource("tiny", str(folder), "float32", "float32", 8, 8).tokenizer()
+
+
+def test_a_pruned_checkpoint_is_said_to_be_one(tmp_path):
+    config = {"model_type": "pruned_qwen3_moe", "auto_map": {"AutoConfig": "code.TheirConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for streaming in ("always", "never"):
+        source = ModelSource("pruned", str(tmp_path), "float32", "float32", 8, 8, streaming=streaming)
+        for read in (source.load, source.tokenizer):
+            with pytest.raises(ModelError, match="pruned already"):
+                read()
+
+
+def test_what_cannot_be_read_or_built_is_a_model_error(tmp_path):
+    with pytest.raises(ModelError, match=r"it has no config\.json"):
+        read_config(tmp_path)
+    for text in ("[]", "{", "{}", '{"model_type": 5}', '{"model_type": "qwen3_moe", "hidden_size": "wide"}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ModelError):
+            read_config(tmp_path)
     with pytest.raises(ModelError, match="'no_such_family'"):
         config_of({"model_type": "no_such_family"})

@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from moeprune.calibration.windows import TokenWindows
 from moeprune.errors import InputError
 from moeprune.models.adapter import decoder_layers, moe_layers
-from moeprune.models.layer_walk import each_layer, on_every_share, walk_layers
+from moeprune.models.eight_bit import eight_bit_linear
+from moeprune.models.four_bit import four_bit_linear
+from moeprune.models.layer_walk import _replica, each_layer, on_every_share, walk_layers
 from moeprune.models.streaming import stream_dense
 from moeprune.models.workspace import IN_MEMORY, Workspace
 
@@ -160,6 +163,19 @@ def test_replicas_are_dropped_with_their_layer(tiny_checkpoint, random_windows):
         assert not any(parameter.is_meta for parameter in replica.parameters())
         next(visit.outputs)
     assert all(parameter.is_meta for parameter in replica.parameters())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_replica_on_another_device_leaves_the_quantised_layer_where_it_is(bits):
+    """The meta device stands for another GPU."""
+    weight_OI, x_TI = torch.randn(64, 64), torch.randn(3, 64)
+    four, eight = four_bit_linear(weight_OI, None, block_size=64, nested=True), eight_bit_linear(weight_OI, None)
+    layer = nn.Sequential(four if bits == 4 else eight)
+    replica = _replica(layer, torch.device("meta"))
+    assert replica[0].weight.is_meta
+    assert (replica[0].weight.quant_state.absmax if bits == 4 else replica[0].weight.SCB).is_meta
+    assert not (layer[0].weight.quant_state.absmax if bits == 4 else layer[0].weight.SCB).is_meta
+    assert torch.allclose(layer(x_TI), x_TI @ weight_OI.T, atol=10 if bits == 4 else 1)
 
 
 @pytest.mark.parametrize("propagate", ["dense", "changed"])

@@ -50,11 +50,11 @@ def uneven_plan(model) -> Plan:
     return Plan(tuple(tuple(torch.arange(count) for count in layer) for layer in widths), width)
 
 
-def assert_predicted(model, plan, quantizer, folder, tokenizer, dtype) -> None:
+def assert_predicted(model, plan, quantizer, folder, tokenizer, dtype, empty_experts="remove_row") -> None:
     """Cut, quantise and write ``model``; what was predicted of it, and of one without memory, must be what is there."""
     empty = empty_model(model.config, model.dtype)
     predicted = predict(empty, plan.widths_LE.tolist(), dtype, quantizer)
-    pruned = prune(model, plan)
+    pruned = prune(model, plan, empty_experts)
     if quantizer is not None:
         run_through(quantizer(pruned))
     save_compressed(pruned, tokenizer, folder, dtype)
@@ -88,6 +88,11 @@ def test_every_family_is_as_large_as_predicted(family, quantizer, byte_tokenizer
     model = build_family(family, torch.float32)
     to_contract(model)
     assert_predicted(model, uneven_plan(model), quantizer, tmp_path, byte_tokenizer, torch.bfloat16)
+
+
+def test_where_groups_are_chosen_first_all_router_rows_stay(byte_tokenizer, tmp_path):
+    model = build_family("deepseek_v3", torch.float32, n_group=2, topk_group=1)
+    assert_predicted(model, uneven_plan(model), None, tmp_path, byte_tokenizer, torch.bfloat16, "keep_row")
 
 
 def test_even_widths_are_those_of_the_uniform_allocator(tiny_model):

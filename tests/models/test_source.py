@@ -7,6 +7,7 @@ import shutil
 import psutil
 import pytest
 import torch
+from families import build_family, save_as_the_hub_does
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -159,14 +160,37 @@ class TestStreaming:
     def test_streaming_stays_on_the_device_that_was_named(self, source):
         assert source.placements == (torch.device("cpu"),)
 
-    def test_a_containers_limit_counts(self, tmp_path, monkeypatch):
-        limit = tmp_path / "memory.max"
-        monkeypatch.setattr(source_module, "MEMORY_LIMIT", limit)
+    @pytest.mark.parametrize("groups", ["0::/", "0::/slurm/job_7/step_0", "4:memory:/slurm/job_7\n3:cpuset:/"])
+    def test_the_limit_of_a_container_or_job_counts(self, groups, tmp_path, monkeypatch):
+        """The limit may be that of the process's own group, or of one around it."""
+        version_1 = "memory" in groups
+        folder = tmp_path / "memory/slurm" if version_1 else tmp_path if groups == "0::/" else tmp_path / "slurm/job_7"
+        folder.mkdir(parents=True, exist_ok=True)
+        limit = folder / ("memory.limit_in_bytes" if version_1 else "memory.max")
+        own = tmp_path / "own"
+        own.write_text(f"{groups}\n")
+        monkeypatch.setattr(source_module, "CONTROL_GROUPS", tmp_path)
+        monkeypatch.setattr(source_module, "OWN_GROUPS", own)
         unlimited = source_module._free_bytes(torch.device("cpu"))
         limit.write_text("max\n")
         assert source_module._free_bytes(torch.device("cpu")) == pytest.approx(unlimited, rel=0.5)
         limit.write_text(f"{psutil.Process().memory_info().rss + 2**26}\n")
         assert source_module._free_bytes(torch.device("cpu")) < 2**27
+
+    def test_without_control_groups_what_is_available_counts(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(source_module, "OWN_GROUPS", tmp_path / "none")
+        assert source_module._free_bytes(torch.device("cpu")) > 0
+
+
+def test_weights_in_memory_lie_as_streamed_ones_do(tmp_path, byte_tokenizer, random_windows):
+    """At addresses that depend on the file, matrix products would round otherwise."""
+    save_as_the_hub_does(build_family("qwen2_moe", torch.float32), tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    source = ModelSource("tiny", str(tmp_path), "float32", "float32", alignment=8, minimum_width=8, device="cpu")
+    whole, streamed = (dataclasses.replace(source, streaming=how).load() for how in ("never", "always"))
+    assert all(parameter.data_ptr() % 64 == 0 for parameter in whole.parameters())
+    values = [perplexity(model, random_windows, 2, "text") for model in (whole, streamed)]
+    assert values[0] == values[1]
 
 
 @one_model

@@ -1,6 +1,8 @@
 """A walk keeps its state where it is told to, and goes on from there as if nothing had happened."""
 
+import errno
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +99,30 @@ def test_the_state_of_another_walk_is_refused(tmp_path):
     Workspace(tmp_path).begin(["statistics", torch.float32])
     with pytest.raises(InputError, match="another"):
         Workspace(tmp_path).begin(["statistics", torch.bfloat16])
+
+
+def test_a_disk_that_was_full_at_the_begin_does_not_spoil_the_folder(tmp_path, monkeypatch):
+    def leave_an_empty_file(file, _text):
+        file.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", leave_an_empty_file)
+        with pytest.raises(OSError, match="No space left"):
+            Workspace(tmp_path).begin(["statistics"])
+    Workspace(tmp_path).begin(["statistics"])
+    Workspace(tmp_path).begin(["statistics"])
+
+
+def test_a_folder_that_another_process_took_is_not_made_again(tmp_path):
+    workspace = Workspace(tmp_path / "walk")
+    workspace.begin(["statistics"])
+    hidden = HiddenStates(workspace)
+    pass_layer(hidden, 0)
+    (tmp_path / "walk").rename(tmp_path / "taken")
+    with pytest.raises(FileNotFoundError):
+        hidden.write(0, states(1)[0])
+    assert not (tmp_path / "walk").exists()
 
 
 @pytest.mark.parametrize("gib", [-1, math.nan])

@@ -9,12 +9,15 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 from moeprune.errors import CacheError
+from moeprune.pipeline import cache as cache_module
 from moeprune.pipeline.cache import RECORD, StageCache
 from moeprune.pipeline.identity import stage_key
 
@@ -219,6 +222,50 @@ def test_what_a_process_of_another_machine_wrote_lately_is_left_alone(cache):
 
     cache.get("scores", 1, {}, [], compute, resumable=True)
     assert folder.exists()
+
+
+def age(folder: Path) -> float:
+    return time.time() - max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+def test_a_process_that_computes_long_without_writing_shows_that_it_lives(cache, resumable, monkeypatch):
+    """Another machine may only go by the time of the last change."""
+    monkeypatch.setattr(cache_module, "SIGN_OF_LIFE_SECONDS", 0.01)
+
+    def compute(folder: Path) -> None:
+        write_result(folder)
+        for path in (*folder.rglob("*"), folder):
+            os.utime(path, (10**9, 10**9))
+        deadline = time.monotonic() + 10
+        while age(folder) > cache_module.ABANDONED_AFTER_SECONDS and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert age(folder) < cache_module.ABANDONED_AFTER_SECONDS
+
+    threads = threading.active_count()
+    assert is_whole(cache.get("scores", 1, SETTINGS, [], compute, resumable).folder)
+    assert threading.active_count() == threads
+
+
+def test_what_a_stage_needs_to_go_on_is_there_until_all_digests_are_made(cache, monkeypatch):
+    """Digests of a large checkpoint take minutes, in which a process may be killed."""
+
+    def compute(folder: Path) -> None:
+        (folder / "walk" / "layers-3").mkdir(parents=True, exist_ok=True)
+        (folder / "walk" / "layers-3" / "0.bin").write_bytes(CONTENT)
+        (folder / "result.bin").write_bytes(CONTENT)
+
+    def interrupted(_file: Path) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(cache_module, "_digest", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cache.get("scores", 1, {}, [], compute, resumable=True)
+    assert [path.name for path in cache.root.rglob("layers-*")] == ["layers-3"]
+    found = cache.get("scores", 1, {}, [], compute, resumable=True)
+    assert sorted(path.name for path in found.folder.iterdir()) == ["result.bin", RECORD]
+    assert cache.get("scores", 1, {}, [], never, resumable=True).cached
 
 
 def test_of_two_processes_that_finish_the_same_stage_both_get_it(cache):

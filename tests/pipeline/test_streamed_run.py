@@ -8,12 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from moeprune.calibration.loss_gradients import LossGradientPass
 from moeprune.errors import InputError
 from moeprune.models.checkpoint import CheckpointWriter
-from moeprune.pipeline.cache import StageCache
+from moeprune.models.workspace import IN_MEMORY
+from moeprune.pipeline.cache import WALK, StageCache
 from moeprune.pipeline.run import run
 from moeprune.quantization.nf4 import NF4Quantizer
-from moeprune.scoring.gradient import EndToEndScorer
+from moeprune.scoring.gradient import EndToEndScorer, SnipScorer
 from moeprune.surgery.cut import Cut
 from moeprune.surgery.refit import Refit
 
@@ -94,6 +96,20 @@ def test_a_killed_run_goes_on_at_the_layer_where_it_was(surgery, experiment, tmp
     assert added == [2]
     assert_same_files(resumed, expected)
     assert resumed.variants == expected.variants
+
+
+def test_a_pass_keeps_no_more_hidden_states_in_memory_than_asked_for(experiment, tmp_path, monkeypatch):
+    given = []
+    plain = LossGradientPass.__call__
+    monkeypatch.setattr(
+        LossGradientPass, "__call__", lambda self, *arguments: (given.append(arguments[-1]), plain(self, *arguments))[1]
+    )
+    in_memory = experiment(scorer=SnipScorer())
+    run(in_memory, StageCache(tmp_path / "in_memory"))
+    run(with_layers_on_disk(in_memory, activations_gib=0.5), StageCache(tmp_path / "streamed"))
+    assert given[0] == IN_MEMORY
+    assert (given[1].folder.name, given[1].activations_gib) == (WALK, 0.5)
+    assert not list((tmp_path / "streamed").rglob(WALK))
 
 
 def test_a_scorer_that_needs_the_whole_model_is_refused_before_anything_is_computed(experiment, tmp_path):

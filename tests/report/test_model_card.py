@@ -2,6 +2,7 @@
 
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -89,7 +90,9 @@ def test_how_it_was_made_is_said_with_its_settings(metrics):
 
 
 def test_no_path_of_the_machine_is_told(metrics):
-    card = model_card(metrics, SETTINGS, Origin(), "1.0")
+    """A model from a folder is named by its path in the metrics."""
+    card = model_card(replace(metrics, model="/data/models/dense"), SETTINGS, Origin(), "1.0")
+    assert "# dense, 50% of its expert channels removed" in card and rows(card)["model"] == ["dense", ""]
     assert "secret" not in card and "/home" not in card and "/data" not in card
 
 

@@ -17,6 +17,7 @@ from surgery_plans import (
 from moeprune.errors import InputError, NumericalError
 from moeprune.models.adapter import moe_layers
 from moeprune.models.layer_walk import run_through
+from moeprune.models.streaming import stream_dense
 from moeprune.surgery import refit
 from moeprune.surgery.prune import prune
 from moeprune.surgery.refit import Refit
@@ -204,3 +205,20 @@ def test_a_plan_that_merges_is_refused(tiny_model_64, statistics_64, many_window
     merge = Merge(torch.arange(experts).repeat(2, 1), torch.ones(2, experts, dtype=torch.float64), False)
     with pytest.raises(InputError, match="The plan merges experts"):
         run_through(Refit()(tiny_model_64, plan_of(tiny_model_64, everything, merge), statistics_64, many_windows, 16))
+
+
+@pytest.mark.parametrize("propagate", ["dense", "changed"])
+@torch.no_grad()
+def test_several_devices_fit_what_one_does(propagate, tiny_model_64, statistics_64, many_windows, tmp_path):
+    """Gram matrices are summed over the devices' shares; here two of one CPU."""
+    tiny_model_64.save_pretrained(tmp_path)
+    plan = plan_of(tiny_model_64, random_channels_and_empty_experts)
+    streamed = stream_dense(tmp_path, torch.float64, (torch.device("cpu"),) * 2)
+    streamed.model.config._experts_implementation = "eager"
+    refitted = Refit(propagate=propagate)
+    found = {}
+    for depth, _, layer in refitted(streamed, plan, statistics_64, many_windows, 16):
+        found[depth] = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    for depth, _, layer in refitted(tiny_model_64, plan, statistics_64, many_windows, 16):
+        for name, tensor in layer.state_dict().items():
+            torch.testing.assert_close(found[depth][name], tensor, rtol=1e-9, atol=1e-12)

@@ -16,7 +16,7 @@ from moeprune.allocation.budget import Budget
 from moeprune.app.check import ModelConfig, check_precisions
 from moeprune.errors import InputError
 from moeprune.models.shape import local_folder
-from moeprune.report.footprint import GIBIBYTE, GPUS, FootprintRow, require_known_ending, write_footprint
+from moeprune.report.footprint import GIBIBYTE, GPUS, FootprintRow, require_possible_file, write_footprint
 from moeprune.report.published import KINDS_TEXT
 
 USAGE = """\
@@ -55,7 +55,7 @@ def run_footprint(words: Sequence[str], config_folder: Path) -> None:
         configs = [_checked(compose("footprint", overrides=point)) for point in _points(words)]
     first = configs[0]
     file = Path(first.file) if first.file else None
-    require_known_ending(file)
+    require_possible_file(file)
     # Everything heavy is imported only now.
     from moeprune.app.terminal import quiet_libraries, terminal
 

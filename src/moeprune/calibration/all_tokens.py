@@ -12,6 +12,7 @@ from moeprune.calibration.tensor_files import load_fields, save_fields
 from moeprune.calibration.windows import TokenWindows
 from moeprune.errors import require_positive
 from moeprune.models.streaming import Model
+from moeprune.models.workspace import IN_MEMORY, Workspace
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,16 @@ class AllTokensPass:
         require_positive(self, "groups")
 
     @torch.no_grad()
-    def __call__(self, model: Model, windows: TokenWindows, batch_size: int) -> AllTokens:
+    def __call__(
+        self, model: Model, windows: TokenWindows, batch_size: int, workspace: Workspace = IN_MEMORY
+    ) -> AllTokens:
         window_count = len(windows.input_ids_NT)
         group_count = min(self.groups, window_count)
         group_of_window_N = torch.arange(window_count) * group_count // window_count
         tokens_N = windows.mask_NT.sum(dim=1, dtype=torch.float64)
         tokens_G = torch.zeros(group_count, dtype=torch.float64).index_add_(0, group_of_window_N, tokens_N)
         output_sum_LEGH = []
-        for layer, inputs in walk_expert_inputs(model, windows, batch_size, "all experts on all tokens"):
+        for layer, inputs in walk_expert_inputs(model, windows, batch_size, "all experts on all tokens", workspace):
             shape = (layer.expert_count, group_count, layer.widths[0])
             channel_sum_EGC = torch.zeros(shape, dtype=torch.float64)
             for seen in inputs:

@@ -23,6 +23,7 @@ from moeprune.models.runtime.activations import gated_activation
 from moeprune.models.runtime.contract import gate_and_up, project_down
 from moeprune.models.runtime.dispatch import Dispatch, combine, dispatch
 from moeprune.models.streaming import Model, StreamedModel, devices_of, skeleton
+from moeprune.models.workspace import IN_MEMORY, Workspace
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,13 @@ def language_model_gradients(
 
 
 def block_local_gradients(
-    model: Model, windows: TokenWindows, batch_size: int, alpha: float, receive: Receiver, label: str
+    model: Model,
+    windows: TokenWindows,
+    batch_size: int,
+    alpha: float,
+    receive: Receiver,
+    label: str,
+    workspace: Workspace = IN_MEMORY,
 ) -> None:
     """Hand out gradients of each layer's own loss, where all routed experts of the layer are scaled by alpha:
 
@@ -98,7 +105,7 @@ def block_local_gradients(
     moe = enumerate(moe_layers(skeleton(model)))
     graph_in = {layer.decoder_layer: _ExpertGraph(index, layer, receive) for index, layer in moe}
     batches, device = list(windows.batches(batch_size)), devices_of(model)[0]
-    for visit in walk_layers(model, batches, label):
+    for visit in walk_layers(model, batches, label, workspace):
         if visit.layer in graph_in:
             graph = graph_in[visit.layer]
             with frozen(visit.layer), _backward_inside_the_layer(graph, alpha):

@@ -12,6 +12,7 @@ from moeprune.models.layer_walk import LayerVisit, walk_layers
 from moeprune.models.runtime.activations import gated_activation
 from moeprune.models.runtime.contract import gate_and_up
 from moeprune.models.streaming import Model, skeleton
+from moeprune.models.workspace import IN_MEMORY, Workspace
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class ExpertInputs:
 
 
 def walk_expert_inputs(
-    model: Model, windows: TokenWindows, batch_size: int, label: str
+    model: Model, windows: TokenWindows, batch_size: int, label: str, workspace: Workspace = IN_MEMORY
 ) -> Iterator[tuple[MoeLayer, Iterator[ExpertInputs]]]:
     """For each MoE layer in turn, the layer with its weights, and its inputs batch by batch.
 
@@ -32,7 +33,7 @@ def walk_expert_inputs(
     """
     moe_layer_in = {layer.decoder_layer: layer for layer in moe_layers(skeleton(model))}
     batches = list(windows.batches(batch_size))
-    for visit in walk_layers(model, batches, label):
+    for visit in walk_layers(model, batches, label, workspace):
         if visit.layer in moe_layer_in:
             layer = moe_layer_in[visit.layer]
             yield layer, _inputs(layer, visit, batches)

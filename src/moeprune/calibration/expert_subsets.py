@@ -17,6 +17,7 @@ from moeprune.models.adapter import MoeLayer, moe_layers
 from moeprune.models.runtime.contract import project_down
 from moeprune.models.runtime.router import keep_router_rows
 from moeprune.models.streaming import Model, skeleton
+from moeprune.models.workspace import IN_MEMORY, Workspace
 
 # Outputs of all experts are held for so many tokens at a time.
 TOKEN_CHUNK = 64
@@ -70,12 +71,14 @@ class ExpertSubsetPass:
     def __post_init__(self) -> None:
         require_positive(self, "tokens")
 
-    def __call__(self, model: Model, windows: TokenWindows, batch_size: int) -> ExpertSubsets:
+    def __call__(
+        self, model: Model, windows: TokenWindows, batch_size: int, workspace: Workspace = IN_MEMORY
+    ) -> ExpertSubsets:
         for layer in moe_layers(skeleton(model)):
             _require_removable(layer)
         sampled_NT = self._sampled(windows)
         found = []
-        for layer, inputs in walk_expert_inputs(model, windows, batch_size, "expert subsets"):
+        for layer, inputs in walk_expert_inputs(model, windows, batch_size, "expert subsets", workspace):
             pieces = []
             for seen in inputs:
                 rows = slice(seen.first_window, seen.first_window + len(seen.x_BTH))

@@ -18,6 +18,7 @@ from moeprune.calibration.windows import TokenWindows
 from moeprune.errors import require_choice
 from moeprune.models.adapter import moe_layers
 from moeprune.models.streaming import Model, skeleton
+from moeprune.models.workspace import IN_MEMORY, Workspace
 
 BLOCK_LOCAL = "block_local"
 LANGUAGE_MODEL = "language_model"
@@ -77,7 +78,9 @@ class LossGradientPass:
         """Whether all layers must be in memory at once."""
         return self.loss == LANGUAGE_MODEL
 
-    def __call__(self, model: Model, windows: TokenWindows, batch_size: int) -> LossGradients:
+    def __call__(
+        self, model: Model, windows: TokenWindows, batch_size: int, workspace: Workspace = IN_MEMORY
+    ) -> LossGradients:
         sums = [_LayerSums(layer.experts) for layer in moe_layers(skeleton(model))]
 
         def receive(gradients: ExpertGradients) -> None:
@@ -87,7 +90,7 @@ class LossGradientPass:
         if self.loss == LANGUAGE_MODEL:
             language_model_gradients(model, windows, batch_size, receive, label)
         else:
-            block_local_gradients(model, windows, batch_size, self.alpha, receive, label)
+            block_local_gradients(model, windows, batch_size, self.alpha, receive, label, workspace)
         channel_LESC = torch.stack([layer.channel_ESC for layer in sums])
         tokens_LE = torch.stack([layer.tokens_E for layer in sums])
         return LossGradients(tokens_LE, *channel_LESC.unbind(dim=2))

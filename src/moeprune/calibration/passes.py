@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Protocol
 
 from moeprune.calibration.windows import TokenWindows
 from moeprune.models.streaming import Model
+from moeprune.models.workspace import Workspace
 
 
 class PassResult(Protocol):
@@ -25,8 +26,11 @@ class CalibrationPass(Protocol):
     stage: ClassVar[str]
     version: ClassVar[int]
 
-    def __call__(self, model: Model, windows: TokenWindows, batch_size: int) -> PassResult:
-        """The model is left as it was. Sums in float64; padding does not count."""
+    def __call__(self, model: Model, windows: TokenWindows, batch_size: int, workspace: Workspace) -> PassResult:
+        """The model is left as it was. Sums in float64; padding does not count.
+
+        ``workspace``, for `walk_layers`, is new: hidden states that do not fit into memory go there.
+        """
         ...
 
     def load(self, path: Path) -> Any:

@@ -14,6 +14,7 @@ from moeprune.calibration.windows import TokenWindows
 from moeprune.errors import InputError
 from moeprune.models.adapter import moe_layers
 from moeprune.models.streaming import Model, skeleton
+from moeprune.models.workspace import IN_MEMORY, Workspace
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ class ReleasedAttributionPass:
                 f"clip_quantile={self.clip_quantile} is not possible.", change="Use a number above 0 up to 1, or null."
             )
 
-    def __call__(self, model: Model, windows: TokenWindows, batch_size: int) -> ReleasedAttribution:
+    def __call__(
+        self, model: Model, windows: TokenWindows, batch_size: int, workspace: Workspace = IN_MEMORY
+    ) -> ReleasedAttribution:
         attribution_L: list[Tensor | None] = [None] * len(moe_layers(skeleton(model)))
 
         def receive(gradients: ExpertGradients) -> None:
@@ -70,7 +73,7 @@ class ReleasedAttributionPass:
             else:
                 attribution_L[gradients.layer] = self.ema * before_EC + (1 - self.ema) * batch_EC
 
-        block_local_gradients(model, windows, batch_size, self.alpha, receive, "released attribution")
+        block_local_gradients(model, windows, batch_size, self.alpha, receive, "released attribution", workspace)
         return ReleasedAttribution(torch.stack([layer_EC for layer_EC in attribution_L if layer_EC is not None]))
 
     def load(self, path: Path) -> ReleasedAttribution:

@@ -51,8 +51,11 @@ class StreamedLM(HFLM):
     ) -> list[tuple[float, bool]]:
         """``(log p(continuation | context), whether it is what greedy decoding gives)`` of each request.
 
-        A request is the two texts, then the tokens of both; contexts lose their begin where they are too long.
+        A request is the two texts, then the tokens of both; contexts lose their begin where they are too long. Raises
+        InputError for a continuation that is empty, or too long even without a context.
         """
+        for _, _, continuation in requests:
+            _require_judgeable(len(continuation), self.max_length)
         answers = [
             _Answer((context + continuation)[-(self.max_length + 1) :], len(continuation))
             for _, context, continuation in requests
@@ -75,6 +78,14 @@ class StreamedLM(HFLM):
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> NoReturn:
         _refuse("generates text")
+
+
+def _require_judgeable(tokens: int, most: int) -> None:
+    if not 0 < tokens <= most:
+        raise InputError(
+            f"The task asks for the probability of {tokens} tokens; the model can give it for 1 to {most}.",
+            change="Use another task.",
+        )
 
 
 def _judge(answer: _Answer, positions: Sequence[int], log_p_PV: Tensor) -> None:

@@ -111,7 +111,7 @@ def _stored(module: nn.Module, prefix: str, dtype: torch.dtype, elsewhere: tuple
     Names that begin with one of ``elsewhere`` are left out.
     """
     parameters = {name for name, parameter in module.named_parameters() if parameter.is_floating_point()}
-    kept = never_rounded(module)
+    kept = never_rounded(module, dtype)
     stored: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
     for name, tensor in module.state_dict().items():

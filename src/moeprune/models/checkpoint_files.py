@@ -27,6 +27,11 @@ INDEX = "model.safetensors.index.json"
 REST = "model-rest.safetensors"
 PREFIX = "pruned_"
 _LAYER, _STRUCTURE = "decoder_layer", "pruned"
+# Where transformers says which weights of a family stay in float32 in models of half precision.
+_KEPT = {
+    torch.bfloat16: ("_keep_in_fp32_modules_strict",),
+    torch.float16: ("_keep_in_fp32_modules_strict", "_keep_in_fp32_modules"),
+}
 
 
 @dataclass(frozen=True)
@@ -98,17 +103,17 @@ def merged(structures: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return whole
 
 
-def never_rounded(module: nn.Module) -> set[str]:
-    """Parts of names of the weights that the module's family keeps in float32 in models of half precision.
+def never_rounded(module: nn.Module, dtype: torch.dtype) -> set[str]:
+    """Parts of names of the weights that the module's family keeps in float32 in models of ``dtype``.
 
-    transformers knows them by model; a decoder layer alone finds its model's class beside its own.
+    transformers knows them by model, more of them in float16, whose range is small; a decoder layer alone finds its
+    model's class beside its own.
     """
     beside = vars(sys.modules[type(module).__module__]).values()
     models = [kind for kind in beside if isinstance(kind, type) and issubclass(kind, PreTrainedModel)]
-    return {name for model in models for name in getattr(model, "_keep_in_fp32_modules_strict", None) or ()}
+    return {name for model in models for kept in _KEPT.get(dtype, ()) for name in getattr(model, kept, None) or ()}
 
 
 def stored_precision(name: str, dtype: torch.dtype, kept: Iterable[str]) -> torch.dtype:
     """The precision of a parameter in a model of ``dtype``; names with a part in ``kept`` are never rounded."""
-    half = dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if half and any(part in name for part in kept) else dtype
+    return torch.float32 if any(part in name for part in kept) else dtype

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -65,7 +66,7 @@ def pruned_model_on_meta(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
             make_ragged(model, structure)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ModelError(
             f"{folder / CONFIG} is missing, damaged, or not of a compressed model: {type(error).__name__}: {error}"
         ) from error
@@ -127,7 +128,7 @@ def _fill(
         if module_of(name, quantized) is None and not name.startswith(elsewhere)
     }
     _check_fit(prefix, expected, plain, absent)
-    parameters, kept = {name for name, _ in module.named_parameters()}, never_rounded(module)
+    parameters, kept = {name for name, _ in module.named_parameters()}, never_rounded(module, dtype)
     cast = {n: t.to(stored_precision(n, dtype, kept)) if n in parameters else t for n, t in plain.items()}
     module.load_state_dict(cast, strict=False, assign=True)
 

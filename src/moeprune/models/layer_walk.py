@@ -10,6 +10,7 @@ from itertools import chain
 from typing import Any, Literal, TypeVar
 
 import torch
+from bitsandbytes.nn import Params4bit
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -200,7 +201,8 @@ def _replica(layer: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _on(tensor: Tensor, device: torch.device) -> Tensor:
-    moved = tensor.to(device)
+    # The library moves the scales of the original along.
+    moved = (copy.deepcopy(tensor) if isinstance(tensor, Params4bit) else tensor).to(device)
     if isinstance(tensor, nn.Parameter) and not isinstance(moved, nn.Parameter):
         return nn.Parameter(moved, requires_grad=False)
     return moved

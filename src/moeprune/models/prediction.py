@@ -4,6 +4,7 @@ The family's own model is built without memory (on the meta device); what `moepr
 it is then counted tensor by tensor.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -89,7 +90,8 @@ def predict(
 ) -> Prediction:
     """The size of ``model`` (without memory is enough) when its experts keep so many channels.
 
-    An expert that keeps none is gone, and with it its router row. ``dtype`` is what is not quantised is stored in;
+    An expert that keeps none is gone, and with it its router row, but where the router chooses among groups of experts:
+    there rows cannot go. ``dtype`` is what is not quantised is stored in;
     the bytes are those of `moeprune.models.footprint.count_bytes` on the checkpoint, files and headers included. With
     double quantisation the files are off by a few bytes per matrix, for digits that depend on the weights.
     """
@@ -119,7 +121,7 @@ def _weights(
     router_of = {id(tensor): layer for layer in layers for tensor in _tensors(layer.router)}
     shards: dict[str, list[Weight]] = {name: [] for name, _ in decoder_layers(model)}
     shards[REST] = []
-    kept = never_rounded(model)
+    kept = never_rounded(model, dtype)
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) in seen or name.startswith(fused):
@@ -127,7 +129,7 @@ def _weights(
         seen.add(id(tensor))
         shape = tuple(tensor.shape)
         if layer := router_of.get(id(tensor)):
-            shape = _live_rows(shape, layer.expert_count, sum(width > 0 for width in widths_of[layer.name]))
+            shape = _live_rows(shape, layer.expert_count, _row_count(layer, widths_of[layer.name]))
         buffer = not isinstance(tensor, nn.Parameter)
         shard = next((shard for shard in shards if shard and name.startswith(f"{shard}.")), REST)
         precision = tensor.dtype if buffer else stored_precision(name, dtype, kept)
@@ -173,7 +175,7 @@ def _parameters(
     for layer in layers:
         own = sum(prod(weight.shape) for weight in _expert_weights(layer, widths_of[layer.name], ""))
         routed += own
-        used += own * layer.top_k / sum(width > 0 for width in widths_of[layer.name])
+        used += own * layer.top_k / _row_count(layer, widths_of[layer.name])
     return Parameters(total, routed, round(total - routed + used))
 
 
@@ -182,12 +184,25 @@ def _metadata(shard: str, layers: Sequence[MoeLayer], widths_of: Mapping[str, Se
     if shard == REST:
         return {"format": "pt"}
     inside = [layer for layer in layers if layer.name.startswith(f"{shard}.")]
+    rows = {layer.name: _slot_of_row(widths_of[layer.name]) for layer in inside if layer.routes_by_group}
     structure = Structure(
         widths={layer.name: tuple(width for width in widths_of[layer.name] if width) for layer in inside},
+        slot_of_row={name: slots for name, slots in rows.items() if -1 in slots},
         expert_biases=tuple(layer.name for layer in inside if hasattr(layer.experts, "gate_up_bias")),
         gates_inputs=tuple(layer.name for layer in inside if layer.gates_inputs),
     )
     return {"format": "pt", **layer_metadata(shard, structure)}
+
+
+def _row_count(layer: MoeLayer, widths: Sequence[int]) -> int:
+    """Router rows that stay."""
+    return layer.expert_count if layer.routes_by_group else sum(width > 0 for width in widths)
+
+
+def _slot_of_row(widths: Sequence[int]) -> tuple[int, ...]:
+    """Which stored expert each row leads to, where all rows stay; -1 for none."""
+    live = itertools.count()
+    return tuple(next(live) if width else -1 for width in widths)
 
 
 def _live_rows(shape: tuple[int, ...], experts: int, live: int) -> tuple[int, ...]:

@@ -151,7 +151,7 @@ def read_sizes(folder: Path) -> ModelSizes:
 
 def _text_config(folder: Path) -> dict:
     """config.json, or the part of it that describes the language model, where the model has others beside it."""
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     return config.get("text_config", config)
 
 
@@ -172,7 +172,7 @@ def _loaded_tensors(folder: Path, config: dict) -> Iterator[tuple[str, dict]]:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint. Raises ModelError when there are none or some of the index are missing."""
     index = folder / "model.safetensors.index.json"
-    names = set(_read_json(index).get("weight_map", {}).values()) if index.exists() else {"model.safetensors"}
+    names = set(read_json(index).get("weight_map", {}).values()) if index.exists() else {"model.safetensors"}
     if not names:
         raise ModelError(f"{index} is damaged: it names no weights.")
     missing = sorted(name for name in names if not (folder / name).exists())
@@ -204,7 +204,8 @@ def read_header(file: Path) -> dict[str, dict]:
     return header
 
 
-def _read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict:
+    """The object in a JSON file. Raises ModelError when it is missing or damaged."""
     try:
         values = json.loads(file.read_text())
         if not isinstance(values, dict):

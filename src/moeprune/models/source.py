@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -29,8 +30,9 @@ log = logging.getLogger(__name__)
 AUTO, ALWAYS, NEVER = "auto", "always", "never"
 # A model that takes more of the free memory than this is streamed: activations and statistics need the rest.
 LARGEST_SHARE_OF_MEMORY = 0.6
-# Where Linux says how much memory the processes of a container may use.
-MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
+# Where Linux says how much memory the processes of a container, or of a job on a cluster, may use.
+CONTROL_GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+ALIGNMENT_BYTES = 64  # of what PyTorch itself puts into memory
 
 # Files up to this size are identified by their content, larger ones by header, size and time of change.
 WHOLE_FILE_BYTES = 64 * 2**20
@@ -175,6 +177,10 @@ class ModelSource:
                 f"The checkpoint in {folder} cannot be loaded: it lacks {', '.join(sorted(info['missing_keys'])[:3])}."
             )
         to_contract(model)
+        # What lies in memory as in the file, at any address, sends matrix products other ways, with other roundings.
+        for parameter in model.parameters():
+            if parameter.data_ptr() % ALIGNMENT_BYTES:
+                parameter.data = parameter.data.clone()
         return model.to(self.placement).eval()
 
     def _streams(self, folder: Path, tensors: Iterable[StoredTensor]) -> bool:
@@ -191,7 +197,13 @@ class ModelSource:
         return streams
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.folder(), local_files_only=True)
+        """The checkpoint's tokenizer. Raises ModelError when it is missing, or the config is not the expected one."""
+        folder = self.folder()
+        require_expected(folder, self.expected)
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"The tokenizer in {folder} cannot be loaded: {error}") from error
 
 
 def _file_digest(file: Path) -> bytes:
@@ -208,11 +220,27 @@ def _bytes_in_memory(tensor: StoredTensor, dtype: torch.dtype) -> int:
 
 
 def _free_bytes(device: torch.device) -> int:
-    """Memory that is left on the device; on the CPU also to the container, where Linux limits one."""
+    """Memory that is left on the device; on the CPU also to the container or job, where Linux limits one."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
-    try:
-        return min(free, int(MEMORY_LIMIT.read_text()) - psutil.Process().memory_info().rss)
-    except (OSError, ValueError):  # no limit
-        return free
+    own = psutil.Process().memory_info().rss
+    return min([psutil.virtual_memory().available, *(limit - own for limit in _memory_limits())])
+
+
+def _memory_limits() -> Iterator[int]:
+    """What the process's control groups and those around them allow, in bytes; in either version of control groups."""
+    if not OWN_GROUPS.exists():
+        return
+    for line in OWN_GROUPS.read_text().splitlines():
+        _, controllers, own = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root, name = (
+            (CONTROL_GROUPS / "memory", "memory.limit_in_bytes") if controllers else (CONTROL_GROUPS, "memory.max")
+        )
+        group = root / own.lstrip("/")
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # no limit there
+                yield int((folder / name).read_text())
+            if folder == root:
+                break

@@ -63,7 +63,9 @@ class Workspace:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / IDENTITY
         if not file.exists():
-            file.write_text(digest.hexdigest())
+            partial = file.with_suffix(".partial")  # a full disk would leave an empty file, which fits no walk
+            partial.write_text(digest.hexdigest())
+            partial.rename(file)
         elif file.read_text() != digest.hexdigest():
             raise InputError(
                 f"{self.folder} holds the state of a walk over another model, other batches, or for another purpose.",
@@ -118,7 +120,7 @@ class HiddenStates:
         hidden_BSH = hidden_BSH.detach().cpu()
         if self._workspace.folder is not None:
             folder = self._workspace.unfinished(self._depth + 1)
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)  # without parents: should another process have taken them, better fail now
             save_file({_HIDDEN: hidden_BSH.contiguous()}, folder / f"{batch}.safetensors")
         with self._lock:
             entered = self._entering.pop(batch, None)

@@ -5,6 +5,7 @@
 
 A folder appears under its final name only when it is complete; a damaged one is set aside and computed again. What a
 resumable stage had written when it was interrupted stays, and the next run that wants the stage goes on from there.
+What it needs for that alone lies in a folder ``walk`` of its own, which is no part of the result.
 """
 
 import errno
@@ -14,6 +15,7 @@ import logging
 import os
 import shutil
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -32,8 +34,11 @@ log = logging.getLogger(__name__)
 
 RECORD = "stage.json"
 _HASH_CHUNK = 2**20
-# A process on another machine cannot be asked whether it lives; one that wrote nothing for so long is taken for dead.
-ABANDONED_AFTER_SECONDS = 30 * 60
+WALK = "walk"  # the folder, inside a resumable stage's, of what it needs to go on and nobody else wants
+# A process on another machine cannot be asked whether it lives: one at work touches its folder every minute, however
+# long it computes without writing, and after ten silent minutes it is taken for dead.
+SIGN_OF_LIFE_SECONDS = 60.0
+ABANDONED_AFTER_SECONDS = 10 * 60
 
 
 @dataclass(frozen=True)
@@ -130,13 +135,34 @@ class StageCache:
                 shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True, exist_ok=True)
             try:
-                yield partial
+                with _signs_of_life(partial):
+                    yield partial
+                shutil.rmtree(partial / WALK, ignore_errors=True)  # not before: without it nothing could be resumed
                 _publish(partial, folder)
             except BaseException:
                 if not resumable:
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
             shutil.rmtree(partial, ignore_errors=True)  # where another run published first
+
+
+@contextmanager
+def _signs_of_life(partial: Path) -> Iterator[None]:
+    """Within the context the folder looks freshly written, so that no other machine takes it for abandoned."""
+    ended = threading.Event()
+
+    def touch() -> None:
+        while not ended.wait(SIGN_OF_LIFE_SECONDS):
+            with suppress(OSError):  # the computation itself will say what is wrong with the folder
+                os.utime(partial)
+
+    thread = threading.Thread(target=touch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _publish(partial: Path, folder: Path) -> None:
@@ -196,7 +222,11 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != RECORD)
+    """SHA-256 of each file that is part of the result."""
+    state = folder / WALK
+    files = sorted(
+        file for file in folder.rglob("*") if file.is_file() and file.name != RECORD and state not in file.parents
+    )
     return {str(file.relative_to(folder)): _digest(file) for file in files}
 
 

@@ -2,7 +2,6 @@
 and its inputs' keys. Raise a stage's version when its result changes for the same settings."""
 
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,14 +15,12 @@ from moeprune.models.checkpoint_reader import load_compressed
 from moeprune.models.footprint import count_bytes, count_parameters
 from moeprune.models.streaming import Model, StreamedModel, skeleton
 from moeprune.models.workspace import Workspace
-from moeprune.pipeline.cache import Artifact, StageCache
+from moeprune.pipeline.cache import WALK, Artifact, StageCache
 from moeprune.pipeline.diagnostics import DEFAULT_OBJECTIVE, diagnostics
 from moeprune.pipeline.experiment import Experiment, Quantizer, Recovery
 from moeprune.scoring.weights import with_expert_weights
 from moeprune.surgery.prune import FinishedLayer
 from moeprune.types import Plan, Scores
-
-WALK = "walk"  # the folder of a walk's state, inside the folder of a stage that is being computed
 
 
 def sample_calibration(cache: StageCache, experiment: Experiment) -> Artifact:
@@ -45,7 +42,6 @@ def gather_statistics(cache: StageCache, experiment: Experiment, calibration: Ar
         workspace = _workspace(experiment, model, folder)
         statistics = collect_statistics(model, windows, experiment.calibration.batch_size, workspace)
         statistics.save(folder / "statistics.safetensors")
-        _clear_workspace(folder)
 
     return cache.get("statistics", 3, {"model": experiment.model}, [calibration.key], compute, resumable=True)
 
@@ -76,7 +72,8 @@ def run_pass(cache: StageCache, experiment: Experiment, calibration: Artifact, w
 
     def compute(folder: Path) -> None:
         windows = TokenWindows.load(calibration.folder / "windows.safetensors")
-        result = wanted(experiment.model.load(), windows, experiment.calibration.batch_size)
+        model = experiment.model.load()
+        result = wanted(model, windows, experiment.calibration.batch_size, _workspace(experiment, model, folder))
         result.save(folder / "result.safetensors")
 
     settings = {"model": experiment.model, "pass": wanted}
@@ -196,14 +193,9 @@ def _workspace(experiment: Experiment, model: Model, folder: Path) -> Workspace:
     return Workspace(folder / WALK, experiment.model.activations_gib)
 
 
-def _clear_workspace(folder: Path) -> None:
-    shutil.rmtree(folder / WALK, ignore_errors=True)
-
-
 def _write_layers(experiment: Experiment, model: Model, layers: Iterable[FinishedLayer], folder: Path) -> None:
     """Write each layer as soon as it is final, then the rest of the model."""
     writer = CheckpointWriter(folder, experiment.model.storage_dtype)
     for depth, name, layer in layers:
         writer.add_layer(depth, name, layer)
     writer.finish(skeleton(model), experiment.model.tokenizer())
-    _clear_workspace(folder)

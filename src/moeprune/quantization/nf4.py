@@ -8,11 +8,15 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
+from moeprune.errors import InputError
 from moeprune.models.four_bit import four_bit_linear
 from moeprune.models.prediction_tensors import Parts, four_bit_parts
 from moeprune.models.streaming import Model
 from moeprune.models.workspace import IN_MEMORY, Workspace
 from moeprune.quantization.replacing import replaced_layers
+
+# Those that the library has on every device; it takes others silently on a CPU.
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,8 @@ class NF4Quantizer:
 
     4 bits a weight plus an fp32 scale per ``block_size`` weights: 4.5 bits at 64, 4.127 with ``double_quantization``,
     which stores the scales in 8 bits.
+
+    Raises InputError for a block size that the library does not have.
     """
 
     name: str = "nf4"
@@ -28,6 +34,10 @@ class NF4Quantizer:
     double_quantization: bool = False
 
     bits: ClassVar[int] = 4
+
+    def __post_init__(self) -> None:
+        if self.block_size not in BLOCK_SIZES:
+            raise InputError(f"quantizer.block_size={self.block_size} is not possible.", possible=BLOCK_SIZES)
 
     @property
     def label(self) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -108,9 +109,9 @@ def write_footprint(
 ) -> None:
     """Print the table; also write it to ``file`` (.md), or every number unrounded (.csv, .json).
 
-    Raises InputError for another ending.
+    Raises InputError as `require_possible_file` does.
     """
-    require_known_ending(file)
+    require_possible_file(file)
     table = footprint_table(rows, captions)
     print_table(table, console)
     if file is None:
@@ -127,7 +128,13 @@ def write_footprint(
             writer.writerows(numbers)
 
 
-def require_known_ending(file: Path | None) -> None:
-    """Raise InputError for a file that no format belongs to."""
-    if file is not None and file.suffix not in ENDINGS:
+def require_possible_file(file: Path | None) -> None:
+    """Raise InputError for a file that no format belongs to, or whose folder is not there or cannot be written."""
+    if file is None:
+        return
+    if file.suffix not in ENDINGS:
         raise InputError(f"file={file} has no known ending.", possible=ENDINGS, given=file.suffix)
+    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        raise InputError(
+            f"file={file} cannot be written: {file.parent} is no folder of yours.", change="Make it first."
+        )

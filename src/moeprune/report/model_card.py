@@ -74,14 +74,14 @@ def _percent(fraction: float) -> str:
 
 def _summary(metrics: Metrics, origin: Origin, version: str) -> str:
     plan, dense, final = metrics.plan, metrics.dense.parameters, metrics.final.parameters
-    source = f"`{origin.hub_name}`" if origin.hub_name else metrics.model
+    source = f"`{origin.hub_name}`" if origin.hub_name else _short_name(metrics)
     live = sorted(set(plan.live_experts))
     experts = f"{live[0]}" if len(live) == 1 else f"{live[0]} to {live[-1]}"
     return (
         f"{source}, compressed with moeprune {version}: {plan.removed_channels} of {plan.total_channels} "
         f"intermediate channels of the routed experts were removed, which is {_percent(1 - final.total / dense.total)} "
-        f"of all parameters and {_percent(1 - final.active / dense.active)} of those that a token uses. Experts differ "
-        f"in width; {experts} per layer are left. {plan.note}"
+        f"of all parameters and {_percent(1 - final.active / dense.active)} of those that a token uses. Experts may "
+        f"differ in width; {experts} per layer are left. {plan.note}"
     ).rstrip()
 
 
@@ -143,7 +143,7 @@ def _captions(metrics: Metrics) -> str:
 
 def _made(metrics: Metrics, settings: Mapping[str, Any], origin: Origin) -> Iterator[Row]:
     revision = f"revision {origin.revision}" if origin.revision else ""
-    yield "model", origin.hub_name or metrics.model, revision
+    yield "model", origin.hub_name or _short_name(metrics), revision
     if metrics.method:
         yield "method", metrics.method, ""
     yield "ratio", f"{metrics.ratio:g}", f"{RATIO_MEANING}; {metrics.plan.removed_ratio:.4f} after rounding"

@@ -137,6 +137,7 @@ def refitted_columns(down_HC: Tensor, kept_S: Tensor, gram_SC: Tensor, ridge: fl
     return down_HC[:, kept_S] + torch.cholesky_solve(missing_SH, factor_SS).T
 
 
+@torch.no_grad()
 def gram_matrices(visit: LayerVisit, layer: MoeLayer, kept_of: dict[int, Tensor]) -> dict[int, Tensor]:
     """The rows S of each wanted expert's Gram matrix, float64 [S, C], see `Refit`; runs all batches of the visit."""
     path = layer.name.removeprefix(f"{visit.name}.")
@@ -144,8 +145,11 @@ def gram_matrices(visit: LayerVisit, layer: MoeLayer, kept_of: dict[int, Tensor]
         visit.shares,
         lambda share: _gram_matrices(share.layer.get_submodule(path), layer, kept_of, share.outputs),
     )
-    device = layer.experts.down_proj.device
-    return {expert: torch.stack([part[expert].to(device) for part in parts]).sum(dim=0) for expert in kept_of}
+    gram_of, *others = parts  # the first device is the layer's; adding in place holds no second copy of all
+    for part in others:
+        for expert, gram_SC in gram_of.items():
+            gram_SC += part.pop(expert).to(gram_SC.device)
+    return gram_of
 
 
 @torch.no_grad()
