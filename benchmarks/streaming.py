@@ -59,7 +59,7 @@ def main() -> None:
         folder = settings.folder / str(layers)
         make_checkpoint(folder, settings.folder / "shards", layers)
         least = _in_own_process("least", folder)
-        for step in ("statistics", "compress"):
+        for step in STEPS:
             cost = _in_own_process(step, folder)
             each, lower = cost["seconds"] / layers, least["read"] + least["forward"]
             print(

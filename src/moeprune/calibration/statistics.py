@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -68,8 +67,25 @@ class Statistics:
 
     @classmethod
     def load(cls, path: Path) -> "Statistics":
-        with safe_open(path, framework="pt") as stored:
-            return cls(**{field.name: stored.get_tensor(field.name) for field in fields(cls)})
+        """What `save` wrote, in memory."""
+        stored = stored_tensors(path)
+        return cls(**{field.name: stored[field.name].read() for field in fields(cls)})
+
+
+class StoredStatistics(Statistics):
+    """What `Statistics.save` wrote, each field read when it is asked for and not kept.
+
+    They take 22 MB a layer at Qwen3-30B-A3B's shape, and what is made of them needs a few fields.
+    """
+
+    def __init__(self, path: Path) -> None:
+        object.__setattr__(self, "_stored", stored_tensors(path))
+
+    def __getattr__(self, name: str) -> Tensor:
+        stored: dict[str, StoredTensor] = self.__dict__["_stored"]
+        if name not in stored:
+            raise AttributeError(f"Statistics have no {name}.")
+        return stored[name].read()
 
 
 def collect_statistics(

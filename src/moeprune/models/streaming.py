@@ -15,6 +15,7 @@ from moeprune.errors import ModelError
 from moeprune.models.adapter import decoder_layers
 from moeprune.models.checkpoint_reader import checkpoint_tensors, fill_layer, fill_rest, pruned_model_on_meta
 from moeprune.models.dense_checkpoint import DenseCheckpoint, only_layers
+from moeprune.models.freed_memory import give_freed_memory_back
 
 
 class StreamedModel:
@@ -78,6 +79,7 @@ def stream_dense(
     folder: Path, dtype: torch.dtype, devices: tuple[torch.device, ...], activations_gib: float = math.inf
 ) -> StreamedModel:
     """The dense checkpoint in ``folder``, computing in ``dtype``. Raises ModelError as `DenseCheckpoint` does."""
+    give_freed_memory_back()
     checkpoint = DenseCheckpoint(folder, dtype)
     model = checkpoint.skeleton(devices[0])
     layers = [layer for _, layer in decoder_layers(model)]
@@ -92,6 +94,7 @@ def stream_compressed(
     folder: Path, dtype: torch.dtype, devices: tuple[torch.device, ...], activations_gib: float = math.inf
 ) -> StreamedModel:
     """The compressed checkpoint in ``folder``, computing in ``dtype``. Raises ModelError when it is damaged."""
+    give_freed_memory_back()
     stored = checkpoint_tensors(folder)
     model = pruned_model_on_meta(folder, dtype)
     layers = list(decoder_layers(model))

@@ -8,7 +8,7 @@ from pathlib import Path
 from moeprune.allocation.optimal_coverage import OptimalCoverageAllocator
 from moeprune.calibration.passes import CalibrationPass
 from moeprune.calibration.report import calibration_report, shared_ngrams
-from moeprune.calibration.statistics import Statistics, collect_statistics
+from moeprune.calibration.statistics import Statistics, StoredStatistics, collect_statistics
 from moeprune.calibration.windows import TokenWindows
 from moeprune.models.checkpoint import CheckpointWriter, save_compressed
 from moeprune.models.checkpoint_reader import load_compressed
@@ -183,7 +183,7 @@ def evaluate(cache: StageCache, experiment: Experiment, name: str, model: Artifa
 
 
 def _load_statistics(statistics: Artifact) -> Statistics:
-    return Statistics.load(statistics.folder / "statistics.safetensors")
+    return StoredStatistics(statistics.folder / "statistics.safetensors")
 
 
 def _workspace(experiment: Experiment, model: Model, folder: Path) -> Workspace:
