@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from moeprune.calibration import statistics as statistics_module
 from moeprune.calibration.recorder import LayerRecorder
-from moeprune.calibration.statistics import Statistics, collect_statistics
+from moeprune.calibration.statistics import Statistics, StoredStatistics, collect_statistics
 from moeprune.calibration.windows import TokenWindows
 from moeprune.models.adapter import decoder_layers, moe_layers
 from moeprune.models.families import to_contract
@@ -151,3 +151,14 @@ def test_a_run_that_failed_goes_on_in_the_same_process(tiny_checkpoint, windows,
     assert_same(
         collect_statistics(streamed, windows, 2, workspace), collect_statistics(streamed, windows, batch_size=2)
     )
+
+
+def test_stored_statistics_give_each_field_when_it_is_asked_for(tiny_model, random_windows, tmp_path):
+    statistics = collect_statistics(tiny_model, random_windows, batch_size=2)
+    statistics.save(tmp_path / "statistics.safetensors")
+    stored = StoredStatistics(tmp_path / "statistics.safetensors")
+    for field in fields(Statistics):
+        assert torch.equal(getattr(stored, field.name), getattr(statistics, field.name)), field.name
+    assert not set(vars(stored)) & {field.name for field in fields(Statistics)}
+    with pytest.raises(AttributeError, match="no routed_token"):
+        _ = stored.routed_token
