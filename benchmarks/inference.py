@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from moeprune.models.four_bit import four_bit_linear
+from moeprune.models.compressed.four_bit import four_bit_linear
 from moeprune.models.runtime import kernels
 from moeprune.models.runtime.activations import gated_activation
 from moeprune.models.runtime.ragged import Expert, RaggedExperts

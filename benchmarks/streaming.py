@@ -28,10 +28,10 @@ from moeprune.calibration.statistics import collect_statistics
 from moeprune.calibration.windows import TokenWindows
 from moeprune.embedded.tokenizer import train_tokenizer
 from moeprune.models.adapter import moe_layers
-from moeprune.models.checkpoint import CheckpointWriter
-from moeprune.models.layer_walk import run_through, walk_layers
-from moeprune.models.streaming import stream_compressed, stream_dense
-from moeprune.models.workspace import Workspace
+from moeprune.models.compressed.writer import CheckpointWriter
+from moeprune.models.layers.streaming import stream_compressed, stream_dense
+from moeprune.models.layers.walk import run_through, walk_layers
+from moeprune.models.layers.workspace import Workspace
 from moeprune.quantization.nf4 import NF4Quantizer
 from moeprune.surgery.prune import cut_layers
 from moeprune.types import Plan

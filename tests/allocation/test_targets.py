@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from moeprune.allocation.budget import Budget
 from moeprune.allocation.targets import ratio_for_active_parameters, ratio_for_bytes
 from moeprune.errors import BudgetError, InputError
-from moeprune.models.footprint import count_parameters
+from moeprune.models.footprint.measured import count_parameters
 from moeprune.models.shape import ExpertShape, ModelSizes, read_sizes
 
 WEIGHTS = "model.safetensors"

@@ -14,7 +14,7 @@ from moeprune.app.export import run_export
 from moeprune.app.main import config_folder
 from moeprune.errors import InputError
 from moeprune.models.adapter import moe_layers
-from moeprune.models.checkpoint import save_compressed
+from moeprune.models.compressed.writer import save_compressed
 from moeprune.models.runtime.activations import gated_activation
 from moeprune.models.runtime.ragged import Expert, RaggedExperts
 

@@ -13,8 +13,8 @@ import yaml
 from moeprune.app.main import config_folder, footprint
 from moeprune.errors import ModelError
 from moeprune.models.expected import config_of, require_expected
-from moeprune.models.footprint import count_parameters
-from moeprune.models.prediction import empty_model, even_widths, predict, shape_of
+from moeprune.models.footprint.measured import count_parameters
+from moeprune.models.footprint.prediction import empty_model, even_widths, predict, shape_of
 from moeprune.quantization.int8 import Int8Quantizer
 from moeprune.quantization.nf4 import NF4Quantizer
 from moeprune.report.footprint import GPUS, MEBIBYTE

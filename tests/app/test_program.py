@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from moeprune.models.checkpoint_reader import load_compressed
+from moeprune.models.compressed.reader import load_compressed
 from moeprune.models.shape import read_shape
 from moeprune.types import Plan
 

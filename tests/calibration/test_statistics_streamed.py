@@ -18,8 +18,8 @@ from moeprune.calibration.statistics import Statistics, StoredStatistics, collec
 from moeprune.calibration.windows import TokenWindows
 from moeprune.models.adapter import decoder_layers, moe_layers
 from moeprune.models.families import to_contract
-from moeprune.models.streaming import stream_dense
-from moeprune.models.workspace import Workspace
+from moeprune.models.layers.streaming import stream_dense
+from moeprune.models.layers.workspace import Workspace
 
 CPU = torch.device("cpu")
 NAMES = [field.name for field in fields(Statistics)]
@@ -97,8 +97,8 @@ import torch
 from pathlib import Path
 from moeprune.calibration import statistics
 from moeprune.calibration.windows import TokenWindows
-from moeprune.models.streaming import stream_dense
-from moeprune.models.workspace import Workspace
+from moeprune.models.layers.streaming import stream_dense
+from moeprune.models.layers.workspace import Workspace
 
 checkpoint, windows, folder = sys.argv[1:]
 keep, kept = statistics._KeptSums.keep, []

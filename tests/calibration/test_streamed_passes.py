@@ -14,8 +14,8 @@ from moeprune.calibration.released_attribution import ReleasedAttributionPass
 from moeprune.errors import InputError
 from moeprune.models.adapter import decoder_layers
 from moeprune.models.families import to_contract
-from moeprune.models.streaming import stream_dense
-from moeprune.models.workspace import Workspace
+from moeprune.models.layers.streaming import stream_dense
+from moeprune.models.layers.workspace import Workspace
 
 CPU = torch.device("cpu")
 PASSES = {

@@ -13,7 +13,7 @@ from moeprune.evaluation import logits
 from moeprune.evaluation.perplexity import perplexity
 from moeprune.evaluation.streamed_tasks import StreamedLM
 from moeprune.evaluation.tasks import shipped_tasks, task_accuracies
-from moeprune.models.streaming import StreamedModel, stream_dense
+from moeprune.models.layers.streaming import StreamedModel, stream_dense
 
 CPU = (torch.device("cpu"),)
 

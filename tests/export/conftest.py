@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from moeprune.embedded.tokenizer import train_tokenizer
 from moeprune.models.adapter import moe_layers
-from moeprune.models.checkpoint import save_compressed
+from moeprune.models.compressed.writer import save_compressed
 from moeprune.models.families import to_contract
 from moeprune.models.runtime.activations import gated_activation
 from moeprune.models.runtime.ragged import Expert, RaggedExperts

@@ -23,7 +23,7 @@ from moeprune.export.shape import stock_shape
 from moeprune.export.stock import StockModel, stock_model
 from moeprune.export.transformers_files import write_transformers
 from moeprune.models.adapter import moe_layers
-from moeprune.models.checkpoint import save_compressed
+from moeprune.models.compressed.writer import save_compressed
 from moeprune.models.families import to_contract
 from moeprune.models.shape import local_folder
 

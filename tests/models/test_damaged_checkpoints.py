@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from moeprune.calibration.statistics import collect_statistics
 from moeprune.errors import ModelError
+from moeprune.models.layers.streaming import skeleton
 from moeprune.models.shape import read_shape
 from moeprune.models.source import ModelSource
-from moeprune.models.streaming import skeleton
 
 INDEX = "model.safetensors.index.json"
 # Experts one by one, and fused, with biases.

@@ -15,9 +15,9 @@ from moeprune.errors import InputError, ModelError
 from moeprune.evaluation.perplexity import perplexity
 from moeprune.models import source as source_module
 from moeprune.models.adapter import moe_layers
-from moeprune.models.checkpoint import save_compressed
+from moeprune.models.compressed.writer import save_compressed
+from moeprune.models.layers.streaming import StreamedModel
 from moeprune.models.source import ModelSource
-from moeprune.models.streaming import StreamedModel
 from moeprune.surgery.prune import prune
 from moeprune.types import Plan
 

@@ -12,7 +12,7 @@ from moeprune.allocation.uniform import UniformAllocator
 from moeprune.allocation.whole_experts import WholeExpertsAllocator
 from moeprune.calibration.text import TextFiles
 from moeprune.errors import BudgetError, InputError
-from moeprune.models.layer_walk import each_layer
+from moeprune.models.layers.walk import each_layer
 from moeprune.models.runtime.ragged import Expert, RaggedExperts
 from moeprune.pipeline.cache import StageCache
 from moeprune.pipeline.run import run

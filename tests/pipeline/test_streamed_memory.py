@@ -36,7 +36,8 @@ def highest():
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 texts = TextFiles({"text": text})
-source = ModelSource("large", folder, "float32", "float32", 64, 64, "cpu", None, streaming, 0.0 if streaming == "always" else 4.0)
+limits = {"streaming": streaming, "activations_gib": 0.0}
+source = ModelSource("large", folder, "float32", "float32", alignment=64, minimum_width=64, device="cpu", **limits)
 experiment = Experiment(
     model=source,
     calibration=Calibration(texts, windows=4, sequence_length=32, batch_size=2, seed=0),

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from moeprune.calibration.loss_gradients import LossGradientPass
 from moeprune.errors import InputError
-from moeprune.models.checkpoint import CheckpointWriter
-from moeprune.models.workspace import IN_MEMORY
+from moeprune.models.compressed.writer import CheckpointWriter
+from moeprune.models.layers.workspace import IN_MEMORY
 from moeprune.pipeline.cache import WALK, StageCache
 from moeprune.pipeline.run import run
 from moeprune.quantization.nf4 import NF4Quantizer

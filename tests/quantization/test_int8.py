@@ -9,17 +9,17 @@ from torch import nn
 
 from moeprune.errors import ModelError
 from moeprune.models.adapter import moe_layers
-from moeprune.models.checkpoint import save_compressed
-from moeprune.models.checkpoint_reader import load_compressed
-from moeprune.models.eight_bit import (
+from moeprune.models.compressed.eight_bit import (
     SCALES,
     eight_bit_linear,
     eight_bit_modules,
     empty_eight_bit_linear,
     fill_eight_bit_linear,
 )
-from moeprune.models.quantizable import quantizable_linears
-from moeprune.models.streaming import drop_tensors
+from moeprune.models.compressed.quantizable import quantizable_linears
+from moeprune.models.compressed.reader import load_compressed
+from moeprune.models.compressed.writer import save_compressed
+from moeprune.models.layers.streaming import drop_tensors
 from moeprune.quantization import int8
 from moeprune.quantization.int8 import Int8Quantizer
 from moeprune.surgery.prune import prune

@@ -8,9 +8,9 @@ from torch import nn
 
 from moeprune.errors import ModelError
 from moeprune.models.adapter import moe_layers
-from moeprune.models.four_bit import four_bit_linear, four_bit_modules, quantized_shape
-from moeprune.models.quantized import module_of
-from moeprune.models.streaming import drop_tensors
+from moeprune.models.compressed.four_bit import four_bit_linear, four_bit_modules, quantized_shape
+from moeprune.models.compressed.quantized import module_of
+from moeprune.models.layers.streaming import drop_tensors
 from moeprune.quantization import nf4
 from moeprune.quantization.nf4 import NF4Quantizer
 from moeprune.surgery.prune import prune

@@ -18,7 +18,7 @@ from surgery_plans import (
 from moeprune.calibration.statistics import collect_statistics
 from moeprune.errors import InputError
 from moeprune.models.adapter import moe_layers
-from moeprune.models.layer_walk import run_through
+from moeprune.models.layers.walk import run_through
 from moeprune.surgery.bias import MeanBias
 from moeprune.surgery.prune import prune
 from moeprune.types import Merge

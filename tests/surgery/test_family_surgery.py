@@ -8,8 +8,8 @@ from families import FAMILIES, build_family, out_of_reach
 from surgery_plans import everything, plan_of, random_channels, random_channels_and_empty_experts, without_experts
 
 from moeprune.models.adapter import moe_layers
-from moeprune.models.checkpoint import save_compressed
-from moeprune.models.checkpoint_reader import load_compressed
+from moeprune.models.compressed.reader import load_compressed
+from moeprune.models.compressed.writer import save_compressed
 from moeprune.models.families import to_contract
 from moeprune.models.runtime.ragged import RaggedExperts
 from moeprune.surgery.prune import KEEP_ROW, prune

@@ -8,7 +8,7 @@ from surgery_plans import everything, gate_up_of, plan_of
 
 from moeprune.errors import InputError
 from moeprune.models.adapter import moe_layers
-from moeprune.models.footprint import count_parameters
+from moeprune.models.footprint.measured import count_parameters
 from moeprune.surgery.merging import matching_channels
 from moeprune.surgery.prune import prune
 from moeprune.types import Merge

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from moeprune.errors import InputError
 from moeprune.models.adapter import moe_layers
-from moeprune.models.footprint import count_parameters
+from moeprune.models.footprint.measured import count_parameters
 from moeprune.models.runtime.ragged import RaggedExperts
 from moeprune.surgery.prune import cut_layers, prune
 from moeprune.types import Plan

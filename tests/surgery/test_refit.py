@@ -16,8 +16,8 @@ from surgery_plans import (
 
 from moeprune.errors import InputError, NumericalError
 from moeprune.models.adapter import moe_layers
-from moeprune.models.layer_walk import run_through
-from moeprune.models.streaming import stream_dense
+from moeprune.models.layers.streaming import stream_dense
+from moeprune.models.layers.walk import run_through
 from moeprune.surgery import refit
 from moeprune.surgery.prune import prune
 from moeprune.surgery.refit import Refit

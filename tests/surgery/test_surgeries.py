@@ -12,10 +12,10 @@ from surgery_plans import everything, plan_of, random_channels_and_empty_experts
 from moeprune.calibration.statistics import collect_statistics
 from moeprune.errors import InputError
 from moeprune.models.adapter import decoder_layers, moe_layers
-from moeprune.models.checkpoint import save_compressed
-from moeprune.models.checkpoint_files import structure_of
-from moeprune.models.checkpoint_reader import load_compressed
-from moeprune.models.layer_walk import run_through
+from moeprune.models.compressed.files import structure_of
+from moeprune.models.compressed.reader import load_compressed
+from moeprune.models.compressed.writer import save_compressed
+from moeprune.models.layers.walk import run_through
 from moeprune.quantization.nf4 import NF4Quantizer
 from moeprune.surgery.prune import prune
 

@@ -6,7 +6,7 @@ from surgery_plans import everything, gate_up_of, plan_of, random_channels
 
 from moeprune.errors import InputError
 from moeprune.models.adapter import moe_layers
-from moeprune.models.layer_walk import run_through
+from moeprune.models.layers.walk import run_through
 from moeprune.surgery.wanda import UnstructuredWanda
 
 

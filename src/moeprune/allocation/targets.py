@@ -34,7 +34,7 @@ def ratio_for_active_parameters(
 
         active(ratio) = total - routed + (top_k / E) * (1 - ratio) * routed
 
-    counts top-k experts of the mean width over all router rows, as `moeprune.models.footprint.count_parameters` does.
+    counts top-k experts of the mean width over all router rows, as `count_parameters` does.
     It holds where experts that keep nothing keep their router rows, and where none is removed whole; where rows go,
     their tokens meet other experts and more parameters are active than asked.
 

@@ -118,7 +118,7 @@ class _Dense:
 
     def __init__(self, source: Any) -> None:
         from moeprune.models.expected import config_of, read_config
-        from moeprune.models.prediction import empty_model, even_widths, predict, shape_of
+        from moeprune.models.footprint.prediction import empty_model, even_widths, predict, shape_of
 
         facts = config_of(source.expected) if source.expected else read_config(source.folder())
         self.model = empty_model(facts, source.computation_dtype)
@@ -130,8 +130,8 @@ class _Dense:
 
 
 def _row(config: DictConfig, source: Any, dense: _Dense, quantizer: Any) -> FootprintRow:
-    from moeprune.models.prediction import even_widths, predict
-    from moeprune.models.prediction_cache import cache_size
+    from moeprune.models.footprint.kv_cache import cache_size
+    from moeprune.models.footprint.prediction import even_widths, predict
 
     limits = {"alignment": source.alignment, "minimum_width": source.minimum_width}
     budget = Budget.for_model(dense.shape, ratio=config.ratio, **limits)

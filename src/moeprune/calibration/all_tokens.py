@@ -11,8 +11,8 @@ from moeprune.calibration.expert_inputs import channels_of, walk_expert_inputs
 from moeprune.calibration.tensor_files import load_fields, save_fields
 from moeprune.calibration.windows import TokenWindows
 from moeprune.errors import require_positive
-from moeprune.models.streaming import Model
-from moeprune.models.workspace import IN_MEMORY, Workspace
+from moeprune.models.layers.streaming import Model
+from moeprune.models.layers.workspace import IN_MEMORY, Workspace
 
 
 @dataclass(frozen=True)

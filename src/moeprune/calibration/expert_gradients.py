@@ -18,12 +18,12 @@ from moeprune.calibration.recorder import OUTPUT_NORM_EPS, at_least_float32
 from moeprune.calibration.windows import TokenWindows
 from moeprune.errors import InputError
 from moeprune.models.adapter import MoeLayer, moe_layers
-from moeprune.models.layer_walk import walk_layers
+from moeprune.models.layers.streaming import Model, StreamedModel, devices_of, skeleton
+from moeprune.models.layers.walk import walk_layers
+from moeprune.models.layers.workspace import IN_MEMORY, Workspace
 from moeprune.models.runtime.activations import gated_activation
 from moeprune.models.runtime.contract import gate_and_up, project_down
 from moeprune.models.runtime.dispatch import Dispatch, combine, dispatch
-from moeprune.models.streaming import Model, StreamedModel, devices_of, skeleton
-from moeprune.models.workspace import IN_MEMORY, Workspace
 
 
 @dataclass(frozen=True)

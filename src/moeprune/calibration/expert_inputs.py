@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from moeprune.calibration.windows import TokenWindows
 from moeprune.models.adapter import MoeLayer, moe_layers
-from moeprune.models.layer_walk import LayerVisit, walk_layers
+from moeprune.models.layers.streaming import Model, skeleton
+from moeprune.models.layers.walk import LayerVisit, walk_layers
+from moeprune.models.layers.workspace import IN_MEMORY, Workspace
 from moeprune.models.runtime.activations import gated_activation
 from moeprune.models.runtime.contract import gate_and_up
-from moeprune.models.streaming import Model, skeleton
-from moeprune.models.workspace import IN_MEMORY, Workspace
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from moeprune.calibration.tensor_files import load_fields, save_fields
 from moeprune.calibration.windows import TokenWindows
 from moeprune.errors import InputError, require_positive
 from moeprune.models.adapter import MoeLayer, moe_layers
+from moeprune.models.layers.streaming import Model, skeleton
+from moeprune.models.layers.workspace import IN_MEMORY, Workspace
 from moeprune.models.runtime.contract import project_down
 from moeprune.models.runtime.router import keep_router_rows
-from moeprune.models.streaming import Model, skeleton
-from moeprune.models.workspace import IN_MEMORY, Workspace
 
 # Outputs of all experts are held for so many tokens at a time.
 TOKEN_CHUNK = 64

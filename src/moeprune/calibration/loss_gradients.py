@@ -17,8 +17,8 @@ from moeprune.calibration.tensor_files import load_fields, save_fields
 from moeprune.calibration.windows import TokenWindows
 from moeprune.errors import require_choice
 from moeprune.models.adapter import moe_layers
-from moeprune.models.streaming import Model, skeleton
-from moeprune.models.workspace import IN_MEMORY, Workspace
+from moeprune.models.layers.streaming import Model, skeleton
+from moeprune.models.layers.workspace import IN_MEMORY, Workspace
 
 BLOCK_LOCAL = "block_local"
 LANGUAGE_MODEL = "language_model"

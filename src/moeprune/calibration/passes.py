@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from moeprune.calibration.windows import TokenWindows
-from moeprune.models.streaming import Model
-from moeprune.models.workspace import Workspace
+from moeprune.models.layers.streaming import Model
+from moeprune.models.layers.workspace import Workspace
 
 
 class PassResult(Protocol):

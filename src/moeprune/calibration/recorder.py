@@ -45,6 +45,10 @@ CHANNEL_VALUES = ("h", "h^2", "h p", "|h p|", "p^2", "gate^2", "up^2")
 WEIGHT_OF_SUM = [ROW_WEIGHTS.index(weight) for _, weight, _ in CHANNEL_SUMS]
 VALUE_OF_SUM = [CHANNEL_VALUES.index(value) for _, _, value in CHANNEL_SUMS]
 HIDDEN_SUMS = ("output_sum", "output_sq_sum", "input_sq_sum")
+WEIGHT_NORMS = (
+    "gate_row_norm", "gate_row_abs_sum", "gate_row_input_norm", "up_row_norm", "up_row_abs_sum", "up_row_input_norm",
+    "down_column_norm", "down_column_abs_sum",
+)  # fmt: skip
 EXPERT_SUMS = (
     "routed_tokens", "gate_sum", "output_norm_sum", "output_sq_norm_sum", "gated_output_norm_sum",
     "changed_output_norm_sum", "removal_sum",
@@ -267,25 +271,27 @@ def _one_minus_cosine_T(y_sq_T: Tensor, m_sq_T: Tensor, ym_T: Tensor) -> Tensor:
     return torch.where(cosine_T > 0, sine_sq_T / (1 + cosine_T), 1 - cosine_T).where(norms_sq_T > 0, 1.0)
 
 
+@torch.no_grad()
 def _weight_norms(experts: Any, input_norm_EH: Tensor) -> dict[str, Tensor]:
     """L2 and L1 norms of each channel's weights, and of its gate and up rows the L1 norm weighted by the inputs'."""
-    norms: dict[str, list[Tensor]] = {}
-
-    def keep(name: str, values_C: Tensor) -> None:
-        norms.setdefault(f"{name}_EC", []).append(values_C.double().cpu())
-
-    for gate_up_CH, down_HC, input_norm_H in zip(
-        experts.gate_up_proj.detach(), experts.down_proj.detach(), input_norm_EH, strict=True
-    ):
-        for name, weight_CH in zip(("gate_row", "up_row"), at_least_float32(gate_up_CH).chunk(2), strict=True):
-            absolute_CH = weight_CH.abs()
-            keep(f"{name}_norm", torch.linalg.vector_norm(weight_CH, dim=1))
-            keep(f"{name}_abs_sum", absolute_CH.sum(dim=1))
-            keep(f"{name}_input_norm", absolute_CH @ input_norm_H.to(absolute_CH))
-        weight_HC = at_least_float32(down_HC)
-        keep("down_column_norm", torch.linalg.vector_norm(weight_HC, dim=0))
-        keep("down_column_abs_sum", weight_HC.abs().sum(dim=0))
-    return {name: torch.stack(values) for name, values in norms.items()}
+    expert_count, hidden_size, width = experts.down_proj.shape
+    options: dict[str, Any] = {"dtype": torch.promote_types(experts.down_proj.dtype, torch.float32),
+                               "device": experts.down_proj.device}  # fmt: skip
+    norms = {f"{name}_EC": torch.empty(expert_count, width, dtype=torch.float64) for name in WEIGHT_NORMS}
+    # Used for one expert after the other: memory that is new each time costs more than what is computed in it.
+    gate_up_IH = torch.empty(2 * width, hidden_size, **options)
+    down_HC = torch.empty(hidden_size, width, **options)
+    for expert, input_norm_H in enumerate(input_norm_EH):
+        gate_up_IH.copy_(experts.gate_up_proj[expert])
+        for name, weight_CH in zip(("gate_row", "up_row"), gate_up_IH.chunk(2), strict=True):
+            norms[f"{name}_norm_EC"][expert] = torch.linalg.vector_norm(weight_CH, dim=1)
+            weight_CH.abs_()
+            norms[f"{name}_abs_sum_EC"][expert] = weight_CH.sum(dim=1)
+            norms[f"{name}_input_norm_EC"][expert] = weight_CH @ input_norm_H.to(weight_CH)
+        down_HC.copy_(experts.down_proj[expert])
+        norms["down_column_norm_EC"][expert] = torch.linalg.vector_norm(down_HC, dim=0)
+        norms["down_column_abs_sum_EC"][expert] = down_HC.abs_().sum(dim=0)
+    return norms
 
 
 def at_least_float32(values: Tensor) -> Tensor:

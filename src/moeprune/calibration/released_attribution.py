@@ -13,8 +13,8 @@ from moeprune.calibration.tensor_files import load_fields, save_fields
 from moeprune.calibration.windows import TokenWindows
 from moeprune.errors import InputError
 from moeprune.models.adapter import moe_layers
-from moeprune.models.streaming import Model, skeleton
-from moeprune.models.workspace import IN_MEMORY, Workspace
+from moeprune.models.layers.streaming import Model, skeleton
+from moeprune.models.layers.workspace import IN_MEMORY, Workspace
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from moeprune.calibration.recorder import LayerRecorder
 from moeprune.calibration.windows import TokenWindows
 from moeprune.models.adapter import MoeLayer, decoder_layers, moe_layers
-from moeprune.models.layer_walk import Share, on_every_share, walk_layers
-from moeprune.models.stored import StoredTensor, stored_tensors
-from moeprune.models.streaming import Model, skeleton
-from moeprune.models.workspace import IN_MEMORY, Workspace
+from moeprune.models.layers.stored import StoredTensor, stored_tensors
+from moeprune.models.layers.streaming import Model, skeleton
+from moeprune.models.layers.walk import Share, on_every_share, walk_layers
+from moeprune.models.layers.workspace import IN_MEMORY, Workspace
 
 
 @dataclass(frozen=True)

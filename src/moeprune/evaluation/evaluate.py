@@ -12,7 +12,7 @@ from moeprune.calibration.windows import TokenWindows, windows_of_text
 from moeprune.errors import InputError, require_positive
 from moeprune.evaluation.perplexity import perplexity
 from moeprune.evaluation.tasks import require_known_tasks, task_accuracies
-from moeprune.models.streaming import Model
+from moeprune.models.layers.streaming import Model
 
 
 @dataclass(frozen=True)

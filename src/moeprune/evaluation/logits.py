@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from moeprune.models.adapter import decoder_layers
-from moeprune.models.layer_calls import logits_after
-from moeprune.models.layer_walk import Batches, walk_layers
-from moeprune.models.streaming import Model, StreamedModel, skeleton
+from moeprune.models.layers.calls import logits_after
+from moeprune.models.layers.streaming import Model, StreamedModel, skeleton
+from moeprune.models.layers.walk import Batches, walk_layers
 
 # Logits that are in memory at once: 256 MiB in float32.
 LOGITS_AT_ONCE = 2**26

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from moeprune.calibration.windows import TokenWindows
 from moeprune.errors import NumericalError
 from moeprune.evaluation.logits import last_layer_outputs, logits_at
-from moeprune.models.streaming import Model
+from moeprune.models.layers.streaming import Model
 
 
 @torch.no_grad()

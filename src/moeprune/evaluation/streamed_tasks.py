@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moeprune.errors import InputError
 from moeprune.evaluation.logits import last_layer_outputs, logits_at
-from moeprune.models.streaming import StreamedModel
+from moeprune.models.layers.streaming import StreamedModel
 
 
 @dataclass

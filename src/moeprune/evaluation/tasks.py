@@ -11,7 +11,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from moeprune.errors import InputError
-from moeprune.models.streaming import Model, StreamedModel
+from moeprune.models.layers.streaming import Model, StreamedModel
 
 # Only metrics that are no plain mean are bootstrapped.
 BOOTSTRAP_SAMPLES = 1000

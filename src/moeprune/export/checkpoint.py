@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from moeprune.errors import InputError, ModelError
-from moeprune.models.checkpoint_files import CONFIG, PREFIX
+from moeprune.models.compressed.files import CONFIG, PREFIX
+from moeprune.models.layers.stored import StoredTensor, stored_tensors
 from moeprune.models.shape import weight_files
-from moeprune.models.stored import StoredTensor, stored_tensors
 
 # Keys of config.json that say how a checkpoint is stored, not what the family's model is.
 STORAGE_KEYS = ("pruned", "auto_map", "architectures", "quantization_config")

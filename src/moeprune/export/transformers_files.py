@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from transformers.core_model_loading import revert_weight_conversion
 
 from moeprune.export.stock import StockModel
-from moeprune.models.checkpoint_files import CONFIG, INDEX
+from moeprune.models.compressed.files import CONFIG, INDEX
 
 # What describes the pruned checkpoint itself; everything else there belongs to the tokenizer or to generation.
 OWN_FILES = ("*.safetensors", "*.py", INDEX, CONFIG, "README.md")

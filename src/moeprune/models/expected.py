@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from moeprune.errors import ModelError
 from moeprune.models import families  # noqa: F401  (makes transformers know DeepSeekMoE version 1)
-from moeprune.models.checkpoint_files import PREFIX
+from moeprune.models.compressed.files import PREFIX
 from moeprune.models.shape import read_json
 
 

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from moeprune.errors import InputError, ModelError, require_choice
 from moeprune.models.adapter import moe_layers
-from moeprune.models.checkpoint_reader import checkpoint_tensors, load_compressed
+from moeprune.models.compressed.reader import checkpoint_tensors, load_compressed
 from moeprune.models.expected import require_expected
 from moeprune.models.families import to_contract
+from moeprune.models.layers.stored import StoredTensor, stored_tensors
+from moeprune.models.layers.streaming import Model, skeleton, stream_compressed, stream_dense
 from moeprune.models.shape import local_folder, weight_files
-from moeprune.models.stored import StoredTensor, stored_tensors
-from moeprune.models.streaming import Model, skeleton, stream_compressed, stream_dense
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from moeprune.calibration.sample import Calibration
 from moeprune.calibration.statistics import Statistics
 from moeprune.calibration.windows import TokenWindows
 from moeprune.evaluation.evaluate import Evaluation
+from moeprune.models.layers.streaming import Model
+from moeprune.models.layers.workspace import Workspace
 from moeprune.models.shape import ExpertShape, read_shape
 from moeprune.models.source import ModelSource
-from moeprune.models.streaming import Model
-from moeprune.models.workspace import Workspace
 from moeprune.pipeline.compatibility import check_compatible, check_passes, check_router_rows, check_whole_model
 from moeprune.surgery.cut import Cut
 from moeprune.surgery.prune import FinishedLayer

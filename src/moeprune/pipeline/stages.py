@@ -10,11 +10,11 @@ from moeprune.calibration.passes import CalibrationPass
 from moeprune.calibration.report import calibration_report, shared_ngrams
 from moeprune.calibration.statistics import Statistics, StoredStatistics, collect_statistics
 from moeprune.calibration.windows import TokenWindows
-from moeprune.models.checkpoint import CheckpointWriter, save_compressed
-from moeprune.models.checkpoint_reader import load_compressed
-from moeprune.models.footprint import count_bytes, count_parameters
-from moeprune.models.streaming import Model, StreamedModel, skeleton
-from moeprune.models.workspace import Workspace
+from moeprune.models.compressed.reader import load_compressed
+from moeprune.models.compressed.writer import CheckpointWriter, save_compressed
+from moeprune.models.footprint.measured import count_bytes, count_parameters
+from moeprune.models.layers.streaming import Model, StreamedModel, skeleton
+from moeprune.models.layers.workspace import Workspace
 from moeprune.pipeline.cache import WALK, Artifact, StageCache
 from moeprune.pipeline.diagnostics import DEFAULT_OBJECTIVE, diagnostics
 from moeprune.pipeline.experiment import Experiment, Quantizer, Recovery

@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from moeprune.models.eight_bit import eight_bit_linear
-from moeprune.models.prediction_tensors import Parts, eight_bit_parts
-from moeprune.models.streaming import Model
-from moeprune.models.workspace import IN_MEMORY, Workspace
+from moeprune.models.compressed.eight_bit import eight_bit_linear
+from moeprune.models.footprint.tensors import Parts, eight_bit_parts
+from moeprune.models.layers.streaming import Model
+from moeprune.models.layers.workspace import IN_MEMORY, Workspace
 from moeprune.quantization.replacing import replaced_layers
 
 

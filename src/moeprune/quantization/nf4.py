@@ -9,10 +9,10 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from moeprune.errors import InputError
-from moeprune.models.four_bit import four_bit_linear
-from moeprune.models.prediction_tensors import Parts, four_bit_parts
-from moeprune.models.streaming import Model
-from moeprune.models.workspace import IN_MEMORY, Workspace
+from moeprune.models.compressed.four_bit import four_bit_linear
+from moeprune.models.footprint.tensors import Parts, four_bit_parts
+from moeprune.models.layers.streaming import Model
+from moeprune.models.layers.workspace import IN_MEMORY, Workspace
 from moeprune.quantization.replacing import replaced_layers
 
 # Those that the library has on every device; it takes others silently on a CPU.

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from moeprune.errors import ModelError
-from moeprune.models.layer_walk import each_layer
-from moeprune.models.quantizable import quantizable_linears
-from moeprune.models.streaming import Model, skeleton
-from moeprune.models.workspace import Workspace
+from moeprune.models.compressed.quantizable import quantizable_linears
+from moeprune.models.layers.streaming import Model, skeleton
+from moeprune.models.layers.walk import each_layer
+from moeprune.models.layers.workspace import Workspace
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from torch import Tensor
 from moeprune.calibration.statistics import Statistics
 from moeprune.calibration.windows import TokenWindows
 from moeprune.models.adapter import MoeLayer
-from moeprune.models.streaming import Model
-from moeprune.models.workspace import IN_MEMORY, Workspace
+from moeprune.models.layers.streaming import Model
+from moeprune.models.layers.workspace import IN_MEMORY, Workspace
 from moeprune.surgery.prune import REMOVE_ROW, FinishedLayer, check_row_policy, cut_layers, refuse_merging
 from moeprune.types import Plan
 

@@ -9,12 +9,12 @@ from transformers import PreTrainedModel
 
 from moeprune.errors import InputError, require_choice
 from moeprune.models.adapter import MoeLayer, moe_layers
-from moeprune.models.layer_walk import each_layer, run_through
+from moeprune.models.layers.streaming import Model, skeleton
+from moeprune.models.layers.walk import each_layer, run_through
+from moeprune.models.layers.workspace import IN_MEMORY, Workspace
 from moeprune.models.runtime.activations import gated_activation
 from moeprune.models.runtime.ragged import Expert, RaggedExperts
 from moeprune.models.runtime.router import keep_router_rows
-from moeprune.models.streaming import Model, skeleton
-from moeprune.models.workspace import IN_MEMORY, Workspace
 from moeprune.surgery.merging import check_merge, merge_experts
 from moeprune.types import Plan
 

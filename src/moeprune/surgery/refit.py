@@ -13,12 +13,12 @@ from moeprune.calibration.statistics import Statistics
 from moeprune.calibration.windows import TokenWindows
 from moeprune.errors import InputError, NumericalError, require_choice
 from moeprune.models.adapter import MoeLayer
-from moeprune.models.layer_walk import LayerVisit, on_every_share, run_through, walk_layers
+from moeprune.models.layers.streaming import Model
+from moeprune.models.layers.walk import LayerVisit, on_every_share, run_through, walk_layers
+from moeprune.models.layers.workspace import IN_MEMORY, Workspace
 from moeprune.models.runtime.activations import gated_activation
 from moeprune.models.runtime.contract import gate_and_up
 from moeprune.models.runtime.dispatch import dispatch
-from moeprune.models.streaming import Model
-from moeprune.models.workspace import IN_MEMORY, Workspace
 from moeprune.surgery.prune import (
     REMOVE_ROW,
     FinishedLayer,

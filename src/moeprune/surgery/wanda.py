@@ -13,8 +13,8 @@ from moeprune.calibration.statistics import Statistics
 from moeprune.calibration.windows import TokenWindows
 from moeprune.errors import InputError
 from moeprune.models.adapter import MoeLayer
-from moeprune.models.streaming import Model
-from moeprune.models.workspace import IN_MEMORY, Workspace
+from moeprune.models.layers.streaming import Model
+from moeprune.models.layers.workspace import IN_MEMORY, Workspace
 from moeprune.surgery.prune import REMOVE_ROW, FinishedLayer, check_plan, cut_layers
 from moeprune.types import Plan
 

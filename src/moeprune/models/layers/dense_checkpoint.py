@@ -24,10 +24,10 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from moeprune.errors import ModelError
 from moeprune.models.adapter import decoder_layers
-from moeprune.models.expert_stacks import FoundTensor, expert_stacks
 from moeprune.models.families import to_contract
+from moeprune.models.layers.expert_stacks import FoundTensor, expert_stacks
+from moeprune.models.layers.stored import StoredTensor, stored_tensors
 from moeprune.models.shape import weight_files
-from moeprune.models.stored import StoredTensor, stored_tensors
 
 log = logging.getLogger(__name__)
 

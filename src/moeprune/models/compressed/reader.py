@@ -1,4 +1,4 @@
-"""Reads compressed checkpoints, whole or one decoder layer at a time; `checkpoint_files` says what lies where."""
+"""Reads compressed checkpoints, whole or one decoder layer at a time; `files` says what lies where."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -13,11 +13,11 @@ from transformers.initialization import no_init_weights
 import moeprune.models.families  # noqa: F401  (makes transformers know the families that it lacks)
 from moeprune.errors import ModelError
 from moeprune.models.adapter import decoder_layers
-from moeprune.models.checkpoint_files import CONFIG, INDEX, PREFIX, never_rounded, stored_precision
-from moeprune.models.quantized import Scheme, module_of, quantized_modules
+from moeprune.models.compressed.files import CONFIG, INDEX, PREFIX, never_rounded, stored_precision
+from moeprune.models.compressed.quantized import Scheme, module_of, quantized_modules
+from moeprune.models.layers.stored import StoredTensor, stored_tensors
 from moeprune.models.runtime.structure import make_ragged
 from moeprune.models.shape import weight_files
-from moeprune.models.stored import StoredTensor, stored_tensors
 
 # What config.json holds beside the settings of the family's own config.
 _NOT_THE_FAMILYS = ("model_type", "architectures", "auto_map", "pruned", "quantization_config", "dtype")

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from moeprune.errors import ModelError
 from moeprune.models.adapter import decoder_layers, moe_layers
-from moeprune.models.checkpoint import save_compressed
-from moeprune.models.checkpoint_reader import load_compressed
+from moeprune.models.compressed.four_bit import four_bit_linear
+from moeprune.models.compressed.reader import load_compressed
+from moeprune.models.compressed.writer import save_compressed
 from moeprune.models.families import to_contract
-from moeprune.models.four_bit import four_bit_linear
-from moeprune.models.layer_walk import run_through
-from moeprune.models.streaming import StreamedModel, stream_compressed, stream_dense
+from moeprune.models.layers.streaming import StreamedModel, stream_compressed, stream_dense
+from moeprune.models.layers.walk import run_through
 from moeprune.quantization.nf4 import NF4Quantizer
 from moeprune.surgery.prune import prune
 from moeprune.types import Plan

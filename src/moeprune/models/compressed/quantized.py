@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 
-from moeprune.models.eight_bit import eight_bit_modules, empty_eight_bit_linear, fill_eight_bit_linear
-from moeprune.models.four_bit import empty_four_bit_linear, fill_four_bit_linear, four_bit_modules
+from moeprune.models.compressed.eight_bit import eight_bit_modules, empty_eight_bit_linear, fill_eight_bit_linear
+from moeprune.models.compressed.four_bit import empty_four_bit_linear, fill_four_bit_linear, four_bit_modules
 
 
 @dataclass(frozen=True)

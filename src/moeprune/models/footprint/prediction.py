@@ -1,7 +1,7 @@
 """Predicts what a pruned, perhaps quantised model takes, from the shapes in its config alone: no weights are needed.
 
-The family's own model is built without memory (on the meta device); what `moeprune.models.checkpoint` would write of
-it is then counted tensor by tensor.
+The family's own model is built without memory (on the meta device); what `compressed.writer` would write
+of it is then counted tensor by tensor.
 """
 
 import itertools
@@ -15,11 +15,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from moeprune.models.adapter import MoeLayer, decoder_layers, moe_layers
-from moeprune.models.checkpoint_files import Structure, layer_metadata, never_rounded, stored_precision
+from moeprune.models.compressed.files import Structure, layer_metadata, never_rounded, stored_precision
+from moeprune.models.compressed.quantizable import quantizable_linears
 from moeprune.models.families import to_contract
-from moeprune.models.footprint import Bytes, Parameters
-from moeprune.models.prediction_tensors import CODE_OF_DTYPE, Parts, TensorSpec, file_bytes
-from moeprune.models.quantizable import quantizable_linears
+from moeprune.models.footprint.measured import Bytes, Parameters
+from moeprune.models.footprint.tensors import CODE_OF_DTYPE, Parts, TensorSpec, file_bytes
 from moeprune.models.shape import ExpertShape
 
 REST = ""  # what belongs to no decoder layer
@@ -92,7 +92,7 @@ def predict(
 
     An expert that keeps none is gone, and with it its router row, but where the router chooses among groups of experts:
     there rows cannot go. ``dtype`` is what is not quantised is stored in;
-    the bytes are those of `moeprune.models.footprint.count_bytes` on the checkpoint, files and headers included. With
+    the bytes are those of `count_bytes` on the checkpoint, files and headers included. With
     double quantisation the files are off by a few bytes per matrix, for digits that depend on the weights.
     """
     layers = moe_layers(model)
@@ -167,7 +167,7 @@ def _stored(weight: Weight, quantizer: Storage | None, compute_dtype: str) -> It
 def _parameters(
     shards: Mapping[str, Sequence[Weight]], layers: Sequence[MoeLayer], widths_of: Mapping[str, Sequence[int]]
 ) -> Parameters:
-    """As `moeprune.models.footprint.count_parameters` counts them."""
+    """As `moeprune.models.footprint.measured.count_parameters` counts them."""
     total = routed = 0
     used = 0.0
     for weights in shards.values():

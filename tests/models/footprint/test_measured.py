@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import load_file
 
 from moeprune.models.adapter import moe_layers
-from moeprune.models.checkpoint import save_compressed
-from moeprune.models.footprint import Parameters, count_bytes, count_parameters, overhead_names
-from moeprune.models.layer_walk import run_through
-from moeprune.models.quantizable import quantizable_linears
+from moeprune.models.compressed.quantizable import quantizable_linears
+from moeprune.models.compressed.writer import save_compressed
+from moeprune.models.footprint.measured import Parameters, count_bytes, count_parameters, overhead_names
+from moeprune.models.layers.walk import run_through
 from moeprune.models.runtime.activations import gated_activation
 from moeprune.models.runtime.ragged import Expert, RaggedExperts
 from moeprune.quantization.int8 import Int8Quantizer

@@ -9,18 +9,18 @@ from torch import nn
 
 from moeprune.errors import InputError, ModelError
 from moeprune.models.adapter import decoder_layers, moe_layers
-from moeprune.models.checkpoint import CheckpointWriter, save_compressed
-from moeprune.models.checkpoint_files import CONFIG, INDEX, REST, layer_file, structure_of
-from moeprune.models.checkpoint_reader import (
+from moeprune.models.compressed.files import CONFIG, INDEX, REST, layer_file, structure_of
+from moeprune.models.compressed.reader import (
     checkpoint_tensors,
     fill_layer,
     fill_rest,
     load_compressed,
     pruned_model_on_meta,
 )
+from moeprune.models.compressed.writer import CheckpointWriter, save_compressed
+from moeprune.models.layers.streaming import drop_tensors
 from moeprune.models.runtime.activations import gated_activation
 from moeprune.models.runtime.ragged import Expert, RaggedExperts
-from moeprune.models.streaming import drop_tensors
 from moeprune.quantization.int8 import Int8Quantizer
 from moeprune.quantization.nf4 import NF4Quantizer
 from moeprune.surgery.prune import prune
@@ -259,7 +259,7 @@ def test_a_killed_write_leaves_nothing_under_a_final_name(pruned, tmp_path, monk
         file.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moeprune.models.checkpoint_files.save_file", killed)
+    monkeypatch.setattr("moeprune.models.compressed.files.save_file", killed)
     with pytest.raises(KeyboardInterrupt):
         CheckpointWriter(tmp_path, torch.float32).add_layer(0, *next(decoder_layers(pruned)))
     assert not (tmp_path / layer_file(0)).exists()

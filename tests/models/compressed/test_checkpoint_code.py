@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from moeprune.models.adapter import moe_layers
-from moeprune.models.checkpoint import save_compressed
-from moeprune.models.checkpoint_files import INDEX
+from moeprune.models.compressed.files import INDEX
+from moeprune.models.compressed.writer import save_compressed
 from moeprune.models.families import to_contract
 from moeprune.models.runtime.version import check_transformers
 from moeprune.models.shape import embedded_models, local_folder

@@ -15,12 +15,12 @@ from moeprune.allocation.coverage import CoverageAllocator
 from moeprune.allocation.uniform import UniformAllocator
 from moeprune.embedded import architectures
 from moeprune.models.adapter import moe_layers
-from moeprune.models.checkpoint import save_compressed
+from moeprune.models.compressed.writer import save_compressed
 from moeprune.models.families import to_contract
-from moeprune.models.footprint import count_bytes, count_parameters
-from moeprune.models.layer_walk import run_through
-from moeprune.models.prediction import empty_model, even_widths, predict, shape_of
-from moeprune.models.prediction_tensors import TensorSpec, file_bytes
+from moeprune.models.footprint.measured import count_bytes, count_parameters
+from moeprune.models.footprint.prediction import empty_model, even_widths, predict, shape_of
+from moeprune.models.footprint.tensors import TensorSpec, file_bytes
+from moeprune.models.layers.walk import run_through
 from moeprune.models.shape import ExpertShape
 from moeprune.quantization.int8 import Int8Quantizer
 from moeprune.quantization.nf4 import NF4Quantizer

@@ -13,9 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moeprune.errors import ModelError
 from moeprune.models.adapter import decoder_layers
-from moeprune.models.checkpoint_reader import checkpoint_tensors, fill_layer, fill_rest, pruned_model_on_meta
-from moeprune.models.dense_checkpoint import DenseCheckpoint, only_layers
-from moeprune.models.freed_memory import give_freed_memory_back
+from moeprune.models.compressed.reader import checkpoint_tensors, fill_layer, fill_rest, pruned_model_on_meta
+from moeprune.models.layers.dense_checkpoint import DenseCheckpoint, only_layers
+from moeprune.models.layers.freed_memory import give_freed_memory_back
 
 
 class StreamedModel:

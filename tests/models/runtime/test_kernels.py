@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moeprune.models.four_bit import four_bit_linear
+from moeprune.models.compressed.four_bit import four_bit_linear
 from moeprune.models.runtime import kernels
 from moeprune.models.runtime.activations import ClampedSwish, Gated
 from moeprune.models.runtime.kernels import Batch

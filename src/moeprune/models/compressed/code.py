@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moeprune.models import runtime
-from moeprune.models.checkpoint_files import PREFIX, save_text
+from moeprune.models.compressed.files import PREFIX, save_text
 
 _RUNTIME = Path(str(runtime.__file__)).parent
 _OWN = f"{runtime.__name__}."

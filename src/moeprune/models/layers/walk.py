@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from moeprune.errors import InputError
 from moeprune.models.adapter import decoder_layers
-from moeprune.models.layer_calls import layer_calls
-from moeprune.models.streaming import Model, devices_of, drop_tensors, resident, skeleton
-from moeprune.models.workspace import IN_MEMORY, HiddenStates, Workspace
+from moeprune.models.layers.calls import layer_calls
+from moeprune.models.layers.streaming import Model, devices_of, drop_tensors, resident, skeleton
+from moeprune.models.layers.workspace import IN_MEMORY, HiddenStates, Workspace
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 Outputs = Iterator[tuple[Tensor, Tensor]]

@@ -9,11 +9,11 @@ from torch import nn
 from moeprune.calibration.windows import TokenWindows
 from moeprune.errors import InputError
 from moeprune.models.adapter import decoder_layers, moe_layers
-from moeprune.models.eight_bit import eight_bit_linear
-from moeprune.models.four_bit import four_bit_linear
-from moeprune.models.layer_walk import _replica, each_layer, on_every_share, walk_layers
-from moeprune.models.streaming import stream_dense
-from moeprune.models.workspace import IN_MEMORY, Workspace
+from moeprune.models.compressed.eight_bit import eight_bit_linear
+from moeprune.models.compressed.four_bit import four_bit_linear
+from moeprune.models.layers.streaming import stream_dense
+from moeprune.models.layers.walk import _replica, each_layer, on_every_share, walk_layers
+from moeprune.models.layers.workspace import IN_MEMORY, Workspace
 
 
 @pytest.fixture(params=["no padding", "padding at the end", "padding at the start"])

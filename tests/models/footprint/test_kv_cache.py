@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import FAMILIES, build_family
 
-from moeprune.models.prediction_cache import cache_size
+from moeprune.models.footprint.kv_cache import cache_size
 
 BATCH = 2
 

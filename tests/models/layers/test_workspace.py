@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moeprune.errors import InputError
-from moeprune.models.workspace import HiddenStates, Workspace
+from moeprune.models.layers.workspace import HiddenStates, Workspace
 
 SHAPE = (2, 8, 16)
 BYTES = math.prod(SHAPE) * 4

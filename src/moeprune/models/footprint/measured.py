@@ -8,7 +8,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 
 from moeprune.models.adapter import MoeLayer, moe_layers
-from moeprune.models.four_bit import four_bit_modules
+from moeprune.models.compressed.four_bit import four_bit_modules
 from moeprune.models.shape import read_header, weight_files
 
 # What bitsandbytes stores beside the codes of a layer in eight bits.

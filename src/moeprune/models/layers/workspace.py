@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moeprune.errors import InputError
-from moeprune.models.stored import stored_tensors
+from moeprune.models.layers.stored import stored_tensors
 
 IDENTITY = "walk.txt"
 _FINISHED = "layers-"

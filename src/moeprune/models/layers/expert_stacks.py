@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, dot_natural_key
 
-from moeprune.models.stored import StoredTensor
+from moeprune.models.layers.stored import StoredTensor
 
 # More readers do not read faster from one disk.
 READERS = 4

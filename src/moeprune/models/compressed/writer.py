@@ -1,4 +1,4 @@
-"""Writes compressed checkpoints, whole or one decoder layer at a time; `checkpoint_files` says what lies where."""
+"""Writes compressed checkpoints, whole or one decoder layer at a time; `files` says what lies where."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -13,8 +13,9 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 
 from moeprune.errors import InputError, ModelError
 from moeprune.models.adapter import decoder_layers
-from moeprune.models.checkpoint_code import write_code
-from moeprune.models.checkpoint_files import (
+from moeprune.models.compressed.code import write_code
+from moeprune.models.compressed.eight_bit import OUTLIER
+from moeprune.models.compressed.files import (
     CONFIG,
     INDEX,
     REST,
@@ -28,10 +29,9 @@ from moeprune.models.checkpoint_files import (
     stored_precision,
     structure_of,
 )
-from moeprune.models.eight_bit import OUTLIER
-from moeprune.models.four_bit import four_bit_modules
-from moeprune.models.quantized import quantized_modules
-from moeprune.models.stored import stored_tensors
+from moeprune.models.compressed.four_bit import four_bit_modules
+from moeprune.models.compressed.quantized import quantized_modules
+from moeprune.models.layers.stored import stored_tensors
 
 
 class CheckpointWriter:

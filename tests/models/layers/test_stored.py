@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from moeprune.errors import ModelError
-from moeprune.models.stored import DTYPES, stored_tensors
+from moeprune.models.layers.stored import DTYPES, stored_tensors
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)

@@ -1,0 +1,1 @@
+"""How large models are: measured on files, and predicted without weights."""
