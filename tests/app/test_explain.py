@@ -35,7 +35,7 @@ def test_a_choice_that_does_not_exist_names_the_nearest_and_all():
 
 
 def test_a_choice_that_is_like_no_other_names_all():
-    assert explanation_of("quantizer=zzz") == "quantizer=zzz does not exist.\nPossible: nf4, none."
+    assert explanation_of("quantizer=zzz") == "quantizer=zzz does not exist.\nPossible: int8, nf4, none."
 
 
 def test_a_path_given_as_the_model_shows_the_command_that_was_meant():
