@@ -85,6 +85,6 @@ def test_a_checkpoint_larger_than_the_memory_allowed_is_compressed_within_it(lar
     size = sum(file.stat().st_size for file in large.glob("*.safetensors"))
     streamed, in_memory = (compressed(large, tmp_path, streaming) for streaming in ("always", "never"))
     allowed = 3 * size / LAYERS + ALLOWANCE
-    assert allowed < size < in_memory["peak"]
+    assert allowed < min(size, in_memory["peak"])
     assert streamed["peak"] < allowed
     assert streamed["perplexity"] == in_memory["perplexity"]
