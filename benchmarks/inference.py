@@ -113,7 +113,7 @@ def model_table(shape: Shape, rounds: int) -> None:
 def kernel_table(shape: Shape, rounds: int) -> None:
     """Every kernel on the same experts, half the channels removed: what `choose_kernel` rests on."""
     ragged = _prune(_dense_layer(shape), 0.5)
-    names = ["one_token", "streamed", "by_width"]
+    names = ["one_token", "by_width"]
     _head(f"Kernels, times the speed of loop ({shape.name})", "tokens", ["loop ms", *names, "chosen"])
     for tokens in (1, 4, 16, 128, 512, 2048, 4096):
         batches = [_batch(ragged, shape, tokens, seed) for seed in range(8 if tokens < 128 else 1)]

@@ -1,7 +1,8 @@
 """Ways to compute the routed experts of a layer; all give the same sums, and `choose_kernel` says which is fastest.
 
 Layers are called, never read, so that a four-bit linear layer or a LoRA may stand for any of them. Gate and up rows
-packed side by side, products without the call, and buckets of padded widths were measured on CPU too: none was faster.
+packed side by side, products without the call, buckets of padded widths, and experts that gather and add one by one
+were measured on CPU too: none was faster.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +16,6 @@ from torch.nn import functional as F
 
 from .activations import GatedActivation
 from .dispatch import Dispatch, combine, dispatch
-
-STREAM_FROM = 2**22  # elements of all assignments' hidden states, A * H, from which `streamed` beat `loop`
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,11 @@ def choose_kernel(batch: Batch) -> Kernel:
     On CPU from measurement (benchmarks/inference.py prints it). On CUDA no GPU was at hand to measure: `by_width` is
     chosen where it launches at most a quarter of the loop's products.
     """
-    tokens, hidden_size = batch.hidden_TH.shape
     assignments = batch.slots_TK.numel()
-    if tokens == 1:
+    if len(batch.hidden_TH) == 1:
         return one_token
     if batch.hidden_TH.is_cuda and assignments >= len(batch.experts) and _suits_grouped_products(batch):
         return by_width
-    if batch.hidden_TH.is_cpu and assignments * hidden_size >= STREAM_FROM:
-        return streamed
     return loop
 
 
@@ -86,21 +82,6 @@ def loop(batch: Batch) -> Tensor:
     return combine(torch.cat(outputs), routed, len(batch.hidden_TH))
 
 
-def streamed(batch: Batch) -> Tensor:
-    """The active experts one after the other, each gathering its tokens and adding its outputs to theirs.
-
-    Two more operations an expert, but no buffer of all assignments, which would leave the cache.
-    """
-    routed = batch.sorted()
-    mixed_TH = torch.zeros_like(batch.hidden_TH)
-    for slot, rows in routed.active():
-        own = _one_expert(routed, rows)
-        output_NH = _output(batch, slot, own.inputs(batch.hidden_TH))
-        gated_NH = (output_NH * own.gate_A.unsqueeze(-1)).to(mixed_TH.dtype)
-        mixed_TH.index_add_(0, own.token_A, gated_NH)
-    return mixed_TH
-
-
 def by_width(batch: Batch) -> Tensor:
     """One grouped matrix product for all active experts of equal width, whose weights are stacked for the call.
 
@@ -122,11 +103,6 @@ def by_width(batch: Batch) -> Tensor:
             ends = [one.stop - rows.start for one in slices]
             outputs_AH[rows] = _compute_group(experts, batch.activation, inputs_AH[rows], ends)
     return combine(outputs_AH, routed, len(batch.hidden_TH))
-
-
-def _one_expert(routed: Dispatch, rows: slice) -> Dispatch:
-    input_gate_N = None if routed.input_gate_A is None else routed.input_gate_A[rows]
-    return Dispatch(routed.token_A[rows], routed.gate_A[rows], [rows.stop - rows.start], input_gate_N)
 
 
 def _compute_group(experts: Sequence[Any], activation: GatedActivation, x_NH: Tensor, ends: Sequence[int]) -> Tensor:
