@@ -86,5 +86,5 @@ def test_a_checkpoint_larger_than_the_memory_allowed_is_compressed_within_it(lar
     streamed, in_memory = (compressed(large, tmp_path, streaming) for streaming in ("always", "never"))
     allowed = 3 * size / LAYERS + ALLOWANCE
     assert allowed < min(size, in_memory["peak"])
-    assert streamed["peak"] < allowed
+    assert streamed["peak"] < min(allowed, in_memory["peak"] / 2)
     assert streamed["perplexity"] == in_memory["perplexity"]
