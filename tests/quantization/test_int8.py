@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from moeprune.errors import ModelError
-from moeprune.models.adapter import moe_layers
 from moeprune.models.compressed.eight_bit import (
     SCALES,
     eight_bit_linear,
@@ -22,22 +21,6 @@ from moeprune.models.compressed.writer import save_compressed
 from moeprune.models.layers.streaming import drop_tensors
 from moeprune.quantization import int8
 from moeprune.quantization.int8 import Int8Quantizer
-from moeprune.surgery.prune import prune
-from moeprune.types import Plan
-
-
-@pytest.fixture
-def pruned(tiny_model):
-    """Expert 0 of the first layer removed, expert 1 of width 16, the others of width 8."""
-    layers = moe_layers(tiny_model)
-    kept = tuple(
-        tuple(
-            torch.arange(0 if (index, expert) == (0, 0) else 16 if expert == 1 else 8)
-            for expert in range(layer.expert_count)
-        )
-        for index, layer in enumerate(layers)
-    )
-    return prune(tiny_model, Plan(kept, layers[0].widths[0]))
 
 
 def quantised(model):
