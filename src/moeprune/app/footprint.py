@@ -138,7 +138,7 @@ def _row(config: DictConfig, source: Any, dense: _Dense, quantizer: Any) -> Foot
     widths_LE = even_widths(dense.shape, budget.kept_channels, **limits)
     predicted = predict(dense.model, widths_LE, source.storage_dtype, quantizer)
     cache = cache_size(dense.model.config, config.context, source.computation_dtype.itemsize)
-    held = predicted.bytes.with_overhead + config.batch * cache.at_context
+    held = predicted.bytes.in_memory + config.batch * cache.at_context
     return FootprintRow(
         model=source.name,
         ratio=config.ratio,
@@ -153,6 +153,7 @@ def _row(config: DictConfig, source: Any, dense: _Dense, quantizer: Any) -> Foot
         ideal_bytes=predicted.bytes.ideal,
         stored_bytes=predicted.bytes.with_overhead,
         file_bytes=predicted.bytes.on_disk,
+        held_bytes=predicted.bytes.in_memory,
         largest_layer_bytes=dense.largest_layer,
         cache_per_token=cache.per_token,
         cache_bytes=config.batch * cache.at_context,
@@ -167,7 +168,8 @@ def _captions(config: DictConfig) -> dict[str, str]:
         "size": "Ideal: every weight at its nominal bits. Stored: every tensor, scales and code books included. (x): "
         "times smaller than the unpruned model in its storage precision. Published: arXiv 2606.18304, in the unit that "
         f"its numbers are in; {KINDS_TEXT} (docs/footprint.md).",
-        "memory": "Largest layer: of the unpruned model, what streaming holds at once. "
-        f"KV cache: {config.batch} x {config.context} tokens. Needed: stored + KV cache + {config.margin_gib:g} GiB. "
+        "memory": "In memory: the weights as loaded to run, those not quantised in the precision of computation. "
+        "Largest layer: of the unpruned model, what streaming holds at once. KV cache: "
+        f"{config.batch} x {config.context} tokens. Needed: in memory + KV cache + {config.margin_gib:g} GiB. "
         f"GPUs hold: {gpus}.",
     }

@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from quantising import quantised
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from moeprune.errors import InputError, ModelError
 from moeprune.models.adapter import decoder_layers, moe_layers
 from moeprune.models.compressed.files import CONFIG, INDEX, REST, layer_file, structure_of
+from moeprune.models.compressed.quantizable import QuantizedParts
 from moeprune.models.compressed.reader import (
     checkpoint_tensors,
     fill_layer,
@@ -20,29 +22,35 @@ from moeprune.models.compressed.reader import (
 from moeprune.models.compressed.writer import CheckpointWriter, save_compressed
 from moeprune.models.layers.streaming import drop_tensors
 from moeprune.models.runtime.activations import gated_activation
+from moeprune.models.runtime.grouped import GroupedEmbedding, GroupedWeight, TiedHead
 from moeprune.models.runtime.ragged import Expert, RaggedExperts
+from moeprune.quantization.gptq import GPTQQuantizer
+from moeprune.quantization.hqq import HQQQuantizer
 from moeprune.quantization.int8 import Int8Quantizer
 from moeprune.quantization.nf4 import NF4Quantizer
+from moeprune.quantization.rtn import NearestQuantizer
 from moeprune.surgery.prune import prune
 from moeprune.types import Plan
 
 # For what does not depend on the family.
 one_model = pytest.mark.parametrize("model_name", ["deepseek_v2"])
-quantizers = pytest.mark.parametrize(
-    "quantizer",
-    [NF4Quantizer(), NF4Quantizer(double_quantization=True), Int8Quantizer()],
-    ids=["nf4", "nf4 double", "int8"],
-    indirect=True,
-)
-schemes = pytest.mark.parametrize(
-    "quantizer", [None, NF4Quantizer(), Int8Quantizer()], ids=["plain", "nf4", "int8"], indirect=True
-)
-
-
-def quantised(model, quantizer=None):
-    for _ in (quantizer or NF4Quantizer())(model):
-        pass
-    return model
+ALL_PARTS = QuantizedParts(embeddings=True, head=True)
+QUANTIZERS = {
+    "nf4": NF4Quantizer(),
+    "nf4 double": NF4Quantizer(double_quantization=True),
+    "int8": Int8Quantizer(),
+    "nearest 8": NearestQuantizer("rtn8", bits=8),
+    "nearest 2 in groups of 20": NearestQuantizer("rtn2", bits=2, group_size=20),
+    "hqq 3": HQQQuantizer("hqq3", bits=3, group_size=16),
+    "gptq 4": GPTQQuantizer("gptq4", bits=4, fewest_tokens=8),
+    "nf4 everywhere": NF4Quantizer(parts=ALL_PARTS),
+    "int8 everywhere": Int8Quantizer(parts=ALL_PARTS),
+    "nearest 3 everywhere": NearestQuantizer("rtn3", bits=3, parts=ALL_PARTS),
+    "experts alone": HQQQuantizer("hqq2", bits=2, parts=QuantizedParts(True, False, False, False)),
+}
+quantizers = pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=QUANTIZERS)
+SCHEMES = {"plain": None} | {name: QUANTIZERS[name] for name in ("nf4", "int8", "nearest 3 everywhere", "gptq 4")}
+schemes = pytest.mark.parametrize("quantizer", SCHEMES.values(), ids=SCHEMES)
 
 
 @pytest.fixture
@@ -59,14 +67,6 @@ def pruned(tiny_model):
 def saved(pruned, byte_tokenizer, tmp_path):
     save_compressed(pruned, byte_tokenizer, tmp_path, torch.float32)
     return tmp_path
-
-
-@pytest.fixture
-def quantizer(request, model_name):
-    """None, or what to quantise with."""
-    if isinstance(request.param, Int8Quantizer) and model_name == "deepseek_v2":
-        pytest.skip("bitsandbytes' int8 fails on inputs of four dimensions, as this family's attention has them")
-    return request.param
 
 
 def all_stored(folder):
@@ -126,7 +126,7 @@ def test_bfloat16_storage_rounds_once_and_then_keeps_every_bit(pruned, byte_toke
 def test_a_quantised_model_stored_in_bfloat16_keeps_its_four_bit_weights(
     pruned, byte_tokenizer, random_windows, tmp_path
 ):
-    model = quantised(pruned)
+    model = quantised(pruned, NF4Quantizer())
     for parameter in model.parameters():
         if parameter.dtype.is_floating_point:
             parameter.copy_(parameter.bfloat16())
@@ -222,6 +222,8 @@ def test_layers_may_come_in_any_order_from_several_processes_and_twice(
     for depth, (name, layer) in [*reversed(layers), layers[0]]:
         CheckpointWriter(pieces, torch.float32).add_layer(depth, name, layer)
     last = build_model("deepseek_v2", torch.float32)
+    last.set_input_embeddings(model.get_input_embeddings())
+    last.set_output_embeddings(model.get_output_embeddings())
     for _, layer in decoder_layers(last):
         drop_tensors(layer.modules())
     CheckpointWriter(pieces, torch.float32).finish(last, byte_tokenizer)
@@ -379,11 +381,83 @@ def test_files_that_do_not_fit_each_other_are_a_model_error(saved, misfit):
 
 @one_model
 def test_a_four_bit_matrix_that_lost_its_scales_is_a_model_error(pruned, byte_tokenizer, tmp_path):
-    save_compressed(quantised(pruned), byte_tokenizer, tmp_path, torch.float32)
+    save_compressed(quantised(pruned, NF4Quantizer()), byte_tokenizer, tmp_path, torch.float32)
     lost = EXPERT.replace(".weight", ".weight.absmax")
     change_weights(tmp_path, lambda weights: weights.pop(lost), layer_file(1))
     with pytest.raises(ModelError, match="does not fit the model"):
         load_compressed(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("quantizer", [QUANTIZERS["nearest 3 everywhere"], QUANTIZERS["int8 everywhere"]])
+def test_a_grouped_table_is_stored_once_and_a_head_tied_to_it_computes_with_it(
+    pruned, byte_tokenizer, tmp_path, model_name, quantizer
+):
+    save_compressed(quantised(pruned, quantizer), byte_tokenizer, tmp_path, torch.float32)
+    model = load_compressed(tmp_path, torch.float32)
+    tied = model_name != "deepseek_v2"
+    assert isinstance(model.get_input_embeddings(), GroupedEmbedding)
+    assert isinstance(model.lm_head, TiedHead) == tied
+    assert any(name.startswith("lm_head.") for name in all_stored(tmp_path)) != tied
+    x_TH = torch.randn(3, 32)
+    model.tie_weights()  # as transformers does at any time
+    if tied:
+        torch.testing.assert_close(model.lm_head(x_TH), x_TH @ model.model.embed_tokens.weight.T)
+
+
+@one_model
+def test_one_entry_says_how_a_layer_is_grouped_and_one_more_what_differs(pruned, byte_tokenizer, tmp_path):
+    model = quantised(pruned, NearestQuantizer("rtn4", bits=4))
+    for module in model.model.layers[1].mlp.experts[2].children():
+        module.rounding = "gptq"
+    save_compressed(model, byte_tokenizer, tmp_path, torch.float32)
+    settings = {"bits": 4, "group_size": 64}
+    assert json.loads((tmp_path / CONFIG).read_text())["pruned"]["grouped"] == {
+        "model.layers.0": {**settings, "rounding": "nearest"},
+        "model.layers.1": {**settings, "rounding": "nearest"},
+        "model.layers.1.mlp.experts.2": {**settings, "rounding": "gptq"},
+        "model.layers.2": {**settings, "rounding": "nearest"},
+    }
+
+
+@one_model
+def test_a_checkpoint_of_before_there_were_groups_is_read(pruned, saved):
+    change_config(saved, lambda structure: structure.pop("grouped"))
+    assert_same_state(load_compressed(saved, torch.float32), pruned)
+
+
+GROUPED_MISFITS = {
+    "of other bits than stored": lambda s: s["model.layers.1"].update(bits=3),
+    "of other groups than stored": lambda s: s["model.layers.1"].update(group_size=8),
+    "of impossible bits": lambda s: s["model.layers.1"].update(bits=9),
+    "of unknown settings": lambda s: s["model.layers.1"].update(colour="red"),
+    "not named": lambda s: s.pop("model.layers.1"),
+    "of a module that is not there": lambda s: s.update({"model.layers.9": s["model.layers.1"]}),
+}
+
+
+@one_model
+@pytest.mark.parametrize("misfit", GROUPED_MISFITS.values(), ids=GROUPED_MISFITS)
+def test_groups_that_do_not_fit_are_a_model_error(pruned, byte_tokenizer, tmp_path, misfit):
+    save_compressed(quantised(pruned, NearestQuantizer("rtn4", bits=4)), byte_tokenizer, tmp_path, torch.float32)
+    change_config(tmp_path, lambda structure: misfit(structure["grouped"]))
+    with pytest.raises(ModelError, match=r"config\.json"):
+        load_compressed(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_no_precision_rounds_scales(pruned, byte_tokenizer, tmp_path, dtype):
+    model = quantised(pruned, QUANTIZERS["nearest 3 everywhere"])
+    before = {
+        name: value.clone() for name, value in model.named_buffers() if name.endswith(("codes", "scales", "zeros"))
+    }
+    assert before
+    save_compressed(model, byte_tokenizer, tmp_path, dtype)
+    loaded = load_compressed(tmp_path, dtype).to(torch.float16).to(dtype)
+    after = dict(loaded.named_buffers())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert {part.dtype for part in loaded.modules() if isinstance(part, GroupedWeight)} == {dtype}
+    assert loaded(torch.arange(1, 9)[None]).logits.dtype == dtype
 
 
 @one_model

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,17 +11,23 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from families import FAMILIES, build_family
+from quantising import quantised
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from moeprune.models.adapter import moe_layers
 from moeprune.models.compressed.files import INDEX
+from moeprune.models.compressed.quantizable import QuantizedParts
 from moeprune.models.compressed.writer import save_compressed
 from moeprune.models.families import to_contract
+from moeprune.models.runtime.grouped import GroupedWeight
 from moeprune.models.runtime.version import check_transformers
 from moeprune.models.shape import embedded_models, local_folder
+from moeprune.quantization.gptq import GPTQQuantizer
+from moeprune.quantization.hqq import HQQQuantizer
 from moeprune.quantization.int8 import Int8Quantizer
 from moeprune.quantization.nf4 import NF4Quantizer
+from moeprune.quantization.rtn import NearestQuantizer
 from moeprune.surgery.prune import prune
 from moeprune.types import Plan
 
@@ -37,7 +42,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
 ids = torch.tensor(json.loads(sys.argv[1]))
-QUANTISED = ("Linear4bit", "Linear8bitLt")
+QUANTISED = ("Linear4bit", "Linear8bitLt", "GroupedLinear", "GroupedEmbedding")
 said = {}
 for folder in sys.argv[2:]:
     model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
@@ -47,9 +52,17 @@ for folder in sys.argv[2:]:
     with torch.no_grad():
         outputs = {"logits": model(ids).logits, "generated": model.generate(ids, max_new_tokens=5, do_sample=False)}
     save_file(outputs, folder + "/outputs.safetensors")
+    in_groups = {name: tensor for name, tensor in model.named_buffers() if name.endswith(("codes", "scales", "zeros"))}
+    rounded = []
+    for dtype in (torch.bfloat16, torch.float16) if in_groups and "tiny" in folder else ():
+        half = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
+        loaded = dict(half.named_buffers())
+        rounded += [name for name, tensor in in_groups.items() if not torch.equal(loaded[name], tensor)]
+        rounded += [] if half(ids).logits.dtype == half.dtype else ["the logits"]
     said[folder] = {
         "class": type(model).__name__,
         "dtype": str(model.dtype),
+        "rounded": rounded,
         "problems": [sorted(map(str, keys)) for keys in info.values() if keys],
         "quantised": sorted(name for name, part in model.named_modules() if type(part).__name__ in QUANTISED),
         "types": {name: str(tensor.dtype) for name, tensor in model.state_dict().items()},
@@ -82,35 +95,41 @@ def cut(model: PreTrainedModel) -> PreTrainedModel:
     return prune(model, Plan(tuple(map(tuple, kept)), width))
 
 
-def quantised(model: PreTrainedModel, quantizer: Callable) -> PreTrainedModel:
-    for _ in quantizer(model):
-        pass
-    return model
-
-
 def half(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model as from_pretrained gives it in half precision: precisions as the family wants them."""
     model.save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
+ALL_PARTS = QuantizedParts(embeddings=True, head=True)
 QUANTIZERS = {
     "nf4": NF4Quantizer(),
     "nf4-double": NF4Quantizer(double_quantization=True),
     "int8": Int8Quantizer(),
+    "nearest-3": NearestQuantizer("rtn3", bits=3, group_size=20),
+    "gptq-2": GPTQQuantizer("gptq2", bits=2, fewest_tokens=8),
+    "nf4-of-experts": NF4Quantizer(parts=QuantizedParts(attention=False, dense_mlp=False)),
+    "nf4-everywhere": NF4Quantizer(parts=ALL_PARTS),
+    "int8-everywhere": Int8Quantizer(parts=ALL_PARTS),
+    "hqq-4-everywhere": HQQQuantizer("hqq4", bits=4, parts=ALL_PARTS),
 }
 FULL_PRECISION = ("deepseek_v3", "ernie4_5_moe", "gpt_oss", "llama4", "minimax")  # some weights or buffers in float32
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+WITH_BIASES = ("deepseek", "ernie4_5_moe", "gpt_oss", "llama4")  # or otherwise special
+ON_BOTH = ("nearest-3", "nf4-of-experts", "gptq-2", "nf4-everywhere", "hqq-4-everywhere")
 # Where from, which, and how it is kept.
 CASES = [
     *(f"tiny {name} {kind}" for name in TINY_MODELS for kind in ("float32", "nf4", "nf4-double")),
+    *(f"tiny {name} {kind}" for name in ("qwen3_renormalised", "deepseek_v2") for kind in ON_BOTH),
     # Not DeepSeek-V2, whose attention has inputs of four dimensions; bitsandbytes' int8 fails on them.
-    "tiny qwen3_renormalised int8",
+    *(f"tiny qwen3_renormalised {kind}" for kind in ("int8", "int8-everywhere")),
     *(f"embedded {name} float32" for name in embedded_models()),
     *(f"family {name} float32" for name in FAMILIES),
     *(f"family {name} bfloat16" for name in FULL_PRECISION),
     "family gpt_oss float16",  # norms in float32, which they are not in bfloat16
-    *(f"family {name} nf4" for name in ("deepseek", "ernie4_5_moe", "gpt_oss", "llama4")),
+    *(f"family {name} nf4" for name in WITH_BIASES),
+    *(f"family {name} nearest-3" for name in ("gpt_oss", "llama4")),
+    *(f"family {name} hqq-4-everywhere" for name in ("deepseek", "ernie4_5_moe", "phimoe")),
 ]
 
 
@@ -149,7 +168,7 @@ def test_a_stranger_computes_the_same_bits(cases, case):
     case = cases[case]
     assert torch.equal(case.outputs["logits"], case.model(IDS).logits)
     assert torch.equal(case.outputs["generated"], case.model.generate(IDS, max_new_tokens=5, do_sample=False))
-    assert case.said["problems"] == []
+    assert case.said["problems"] == case.said["rounded"] == []
     assert case.said["class"] == f"Pruned{type(case.model).__name__}"
     assert case.said["dtype"] == str(case.model.dtype)
     assert case.said["types"] == {name: str(tensor.dtype) for name, tensor in case.model.state_dict().items()}
@@ -158,7 +177,8 @@ def test_a_stranger_computes_the_same_bits(cases, case):
 @pytest.mark.parametrize("case", [case for case in CASES if case.split()[-1] in QUANTIZERS])
 def test_a_stranger_has_the_same_matrices_quantised(cases, case):
     case = cases[case]
-    quantised = {name for name, part in case.model.named_modules() if isinstance(part, Linear4bit | Linear8bitLt)}
+    kinds = Linear4bit | Linear8bitLt | GroupedWeight
+    quantised = {name for name, part in case.model.named_modules() if isinstance(part, kinds)}
     assert set(case.said["quantised"]) == quantised
     for layer in moe_layers(case.model):
         assert {name for name in quantised if name.startswith(f"{layer.name}.")} == {
@@ -166,7 +186,9 @@ def test_a_stranger_has_the_same_matrices_quantised(cases, case):
             for expert in range(len(layer.stored_widths))
             for part in ("gate", "up", "down")
         }
-    assert "lm_head" not in quantised
+    outside = {"model.embed_tokens"} if case.model.config.tie_word_embeddings else {"model.embed_tokens", "lm_head"}
+    everywhere = case.folder.name.endswith("everywhere")
+    assert {name for name in quantised if ".layers." not in name} == (outside if everywhere else set())
 
 
 def test_the_tokenizer_comes_along(cases, byte_tokenizer):

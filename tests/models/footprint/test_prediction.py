@@ -7,6 +7,7 @@ import torch
 from families import FAMILIES, build_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantising import quantised
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -15,31 +16,40 @@ from moeprune.allocation.coverage import CoverageAllocator
 from moeprune.allocation.uniform import UniformAllocator
 from moeprune.embedded import architectures
 from moeprune.models.adapter import moe_layers
+from moeprune.models.compressed.quantizable import QuantizedParts
+from moeprune.models.compressed.reader import load_compressed
 from moeprune.models.compressed.writer import save_compressed
 from moeprune.models.families import to_contract
 from moeprune.models.footprint.measured import count_bytes, count_parameters
 from moeprune.models.footprint.prediction import empty_model, even_widths, predict, shape_of
 from moeprune.models.footprint.tensors import TensorSpec, file_bytes
-from moeprune.models.layers.walk import run_through
 from moeprune.models.shape import ExpertShape
+from moeprune.quantization.gptq import GPTQQuantizer
+from moeprune.quantization.hqq import HQQQuantizer
 from moeprune.quantization.int8 import Int8Quantizer
 from moeprune.quantization.nf4 import NF4Quantizer
+from moeprune.quantization.rtn import NearestQuantizer
 from moeprune.surgery.prune import prune
 from moeprune.types import Plan, Scores
 
-QUANTIZERS = [
-    None,
-    Int8Quantizer(),
-    NF4Quantizer(),
-    NF4Quantizer(block_size=128),
-    NF4Quantizer(double_quantization=True),
-]
+EVERYWHERE = QuantizedParts(embeddings=True, head=True)
+QUANTIZERS = {
+    "as stored": None,
+    "int8": Int8Quantizer(),
+    "nf4": NF4Quantizer(),
+    "nf4 of 128": NF4Quantizer(block_size=128),
+    "nf4 double": NF4Quantizer(double_quantization=True),
+    "nf4 everywhere": NF4Quantizer(parts=EVERYWHERE),
+    "int8 of experts": Int8Quantizer(parts=QuantizedParts(True, False, False, False)),
+    "nearest 3": NearestQuantizer("rtn3", bits=3),
+    "hqq 2 everywhere": HQQQuantizer("hqq2", bits=2, group_size=24, parts=EVERYWHERE),
+    "gptq 4 of attention": GPTQQuantizer("gptq4", parts=QuantizedParts(False, False, True, False)),
+}
 LAST_DIGITS = 8  # bytes per matrix by which the mean of its scales may be longer or shorter
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int8: "I8", torch.int64: "I64"}
 
-each_quantizer = pytest.mark.parametrize(
-    "quantizer", QUANTIZERS, ids=["as stored", "int8", "nf4", "nf4 of 128", "nf4 double"]
-)
+each_quantizer = pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=QUANTIZERS)
+FOR_FAMILIES = {name: QUANTIZERS[name] for name in ("as stored", "int8", "nf4", "nearest 3", "hqq 2 everywhere")}
 
 
 def uneven_plan(model) -> Plan:
@@ -56,10 +66,10 @@ def assert_predicted(model, plan, quantizer, folder, tokenizer, dtype, empty_exp
     predicted = predict(empty, plan.widths_LE.tolist(), dtype, quantizer)
     pruned = prune(model, plan, empty_experts)
     if quantizer is not None:
-        run_through(quantizer(pruned))
+        quantised(pruned, quantizer)
     save_compressed(pruned, tokenizer, folder, dtype)
     assert predicted.parameters == count_parameters(pruned)
-    counted = count_bytes(folder)
+    counted = count_bytes(folder, load_compressed(folder, model.dtype))
     if getattr(quantizer, "double_quantization", False):
         matrices = sum(module.weight.dtype == torch.uint8 for module in pruned.modules() if hasattr(module, "weight"))
         assert predicted.bytes.ideal == counted.ideal
@@ -82,7 +92,7 @@ def test_an_embedded_architecture_is_as_large_as_predicted(name, allocator, quan
     assert_predicted(model, allocator(scores, budget), quantizer, tmp_path, byte_tokenizer, torch.bfloat16)
 
 
-@pytest.mark.parametrize("quantizer", [None, Int8Quantizer(), NF4Quantizer()], ids=["as stored", "int8", "nf4"])
+@pytest.mark.parametrize("quantizer", FOR_FAMILIES.values(), ids=FOR_FAMILIES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_as_large_as_predicted(family, quantizer, byte_tokenizer, tmp_path):
     model = build_family(family, torch.float32)

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from families import FAMILIES, build_family, save_as_the_hub_does
+from quantising import quantised
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -14,12 +15,15 @@ from transformers import AutoModelForCausalLM
 from moeprune.errors import ModelError
 from moeprune.models.adapter import decoder_layers, moe_layers
 from moeprune.models.compressed.four_bit import four_bit_linear
+from moeprune.models.compressed.quantizable import QuantizedParts
 from moeprune.models.compressed.reader import load_compressed
 from moeprune.models.compressed.writer import save_compressed
 from moeprune.models.families import to_contract
 from moeprune.models.layers.streaming import StreamedModel, stream_compressed, stream_dense
-from moeprune.models.layers.walk import run_through
+from moeprune.quantization.gptq import GPTQQuantizer
+from moeprune.quantization.int8 import Int8Quantizer
 from moeprune.quantization.nf4 import NF4Quantizer
+from moeprune.quantization.rtn import NearestQuantizer
 from moeprune.surgery.prune import prune
 from moeprune.types import Plan
 
@@ -142,12 +146,21 @@ def pruned_family(name: str) -> nn.Module:
     return prune(model, Plan(tuple(map(tuple, kept)), 24))
 
 
-@pytest.mark.parametrize("quantised", [False, True], ids=["pruned", "pruned and quantised"])
+QUANTIZERS = {
+    "pruned": None,
+    "nf4": NF4Quantizer(),
+    "int8": Int8Quantizer(),
+    "nearest 3": NearestQuantizer("rtn3", bits=3, parts=QuantizedParts(embeddings=True, head=True)),
+    "gptq 4": GPTQQuantizer("gptq4", bits=4, fewest_tokens=8),
+}
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=QUANTIZERS)
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "ernie4_5_moe"])
-def test_compressed_layers_are_those_of_the_whole_model_bit_for_bit(family, quantised, byte_tokenizer, tmp_path):
+def test_compressed_layers_are_those_of_the_whole_model_bit_for_bit(family, quantizer, byte_tokenizer, tmp_path):
     model = pruned_family(family)
-    if quantised:
-        run_through(NF4Quantizer()(model))
+    if quantizer is not None:
+        quantised(model, quantizer)
     save_compressed(model, byte_tokenizer, tmp_path, torch.bfloat16)
     for dtype in (torch.float32, torch.bfloat16):
         streamed = stream_compressed(tmp_path, dtype, CPU)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from quantising import quantised
 from torch import nn
 
 from moeprune.calibration.windows import TokenWindows
@@ -11,9 +12,18 @@ from moeprune.errors import InputError
 from moeprune.models.adapter import decoder_layers, moe_layers
 from moeprune.models.compressed.eight_bit import eight_bit_linear
 from moeprune.models.compressed.four_bit import four_bit_linear
-from moeprune.models.layers.streaming import stream_dense
+from moeprune.models.compressed.quantizable import QuantizedParts
+from moeprune.models.compressed.writer import save_compressed
+from moeprune.models.layers.streaming import stream_compressed, stream_dense
 from moeprune.models.layers.walk import _replica, each_layer, on_every_share, walk_layers
 from moeprune.models.layers.workspace import IN_MEMORY, Workspace
+from moeprune.models.runtime.grouped import GroupedLinear
+from moeprune.quantization.nf4 import NF4Quantizer
+from moeprune.quantization.rtn import NearestQuantizer
+from moeprune.surgery.prune import prune
+from moeprune.types import Plan
+
+EVERYWHERE = QuantizedParts(embeddings=True, head=True)
 
 
 @pytest.fixture(params=["no padding", "padding at the end", "padding at the start"])
@@ -146,6 +156,26 @@ def test_several_devices_compute_what_one_does(tiny_model, tiny_checkpoint, rand
     two = stream_dense(tiny_checkpoint, torch.float32, (torch.device("cpu"),) * 2)
     seen = walked_outputs(two, batches, change=halve_experts, propagate=propagate, shares=True)
     assert_same_outputs(seen, walked_outputs(tiny_model, batches, change=halve_experts, propagate=propagate))
+
+
+@pytest.mark.parametrize("quantizer", [NF4Quantizer(), NearestQuantizer("rtn3", bits=3, parts=EVERYWHERE)])
+def test_a_quantised_model_is_walked_on_several_devices_as_in_memory(
+    tiny_model, random_windows, byte_tokenizer, tmp_path, quantizer
+):
+    batches, width = random_windows.batches(1), moe_layers(tiny_model)[0].widths[0]
+    kept = [[torch.arange(width - 2 * e) for e in range(layer.expert_count)] for layer in moe_layers(tiny_model)]
+    model = quantised(prune(tiny_model, Plan(tuple(map(tuple, kept)), width)), quantizer)
+    save_compressed(model, byte_tokenizer, tmp_path, torch.float32)
+    two = stream_compressed(tmp_path, torch.float32, (torch.device("cpu"),) * 2)
+    assert_same_outputs(walked_outputs(two, batches, shares=True), walked_outputs(model, batches))
+
+
+def test_a_replica_of_a_grouped_layer_on_another_device_leaves_it_where_it_is():
+    layer = nn.Sequential(GroupedLinear(16, 8, 4, 8, "nearest"))
+    replica = _replica(layer, torch.device("meta"))
+    assert all(tensor.is_meta for tensor in replica.state_dict().values())
+    assert not any(tensor.is_meta for tensor in layer.state_dict().values())
+    assert replica[0].storage == layer[0].storage
 
 
 def test_batches_are_split_evenly_over_devices(tiny_checkpoint, random_windows):

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from moeprune.models.compressed.four_bit import four_bit_linear
 from moeprune.models.runtime import kernels
 from moeprune.models.runtime.activations import ClampedSwish, Gated
+from moeprune.models.runtime.grouped import GroupedLinear
 from moeprune.models.runtime.kernels import Batch
 from moeprune.models.runtime.ragged import Expert
 
@@ -156,6 +157,9 @@ def test_what_suits_grouped_products():
     hooked, patched = random_experts((8,) * 4), random_experts((8,) * 4)
     hooked[1].up_proj.register_forward_hook(lambda _layer, _inputs, output: 2 * output)
     patched[1].up_proj.forward = lambda x_TH: x_TH
+    grouped = random_experts((8,) * 4)
+    grouped[1].up_proj = GroupedLinear(HIDDEN, 8, 4, 8, "nearest", bias=False)
+    assert not kernels.has_few_plain_widths(grouped, x_TH)
     assert not kernels.has_few_plain_widths(hooked, x_TH)
     assert not kernels.has_few_plain_widths(patched, x_TH)
 

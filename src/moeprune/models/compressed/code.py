@@ -14,7 +14,7 @@ _OWN = f"{runtime.__name__}."
 _RELATIVE_IMPORT = re.compile(r"^from \.(\w+) import ", re.MULTILINE)
 _CODE = '''"""{family} with routed experts of differing widths.
 
-Needs torch and transformers, and bitsandbytes where weights are quantised. Load it with
+Needs torch and transformers, and bitsandbytes where weights are in NF4 or int8. Load it with
 AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True).
 """
 

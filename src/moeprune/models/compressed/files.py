@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moeprune.models.adapter import decoder_layers
+from moeprune.models.compressed.grouping import Settings, grouped_in
 from moeprune.models.runtime.ragged import RaggedExperts
 
 CONFIG = "config.json"
@@ -40,7 +42,8 @@ class Structure:
 
     ``widths`` of the stored experts; ``slot_of_row`` of those where router row i does not lead to expert i; ``biased``,
     those whose router rows have a bias; ``expert_biases``, those whose experts' linear layers have biases;
-    ``gates_inputs``, those whose gates scale what goes into an expert.
+    ``gates_inputs``, those whose gates scale what goes into an expert. ``grouped``: how linear layers and the embedding
+    are kept in few bits, by name of a module at or above them; see `moeprune.models.compressed.grouping`.
     """
 
     widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -48,17 +51,21 @@ class Structure:
     biased: tuple[str, ...] = ()
     expert_biases: tuple[str, ...] = ()
     gates_inputs: tuple[str, ...] = ()
+    grouped: Mapping[str, Settings] = field(default_factory=dict)
 
 
 def structure_of(module: nn.Module, prefix: str = "") -> Structure:
     """The structure of a model in memory, or of the part of one whose names begin with ``prefix``."""
-    ragged = {prefix + name: part for name, part in module.named_modules() if isinstance(part, RaggedExperts)}
+    parts = {prefix + name: part for name, part in module.named_modules()}
+    ragged = {name: part for name, part in parts.items() if isinstance(part, RaggedExperts)}
+    layers = [name for name, _ in decoder_layers(module)] or [prefix.removesuffix(".")]
     return Structure(
         widths={name: experts.widths for name, experts in ragged.items()},
         slot_of_row={name: experts.slot_of_row for name, experts in ragged.items() if not experts.rows_are_slots},
         biased=tuple(name for name, experts in ragged.items() if experts.bias_EH is not None),
         expert_biases=tuple(name for name, experts in ragged.items() if experts.has_biases),
         gates_inputs=tuple(name for name, experts in ragged.items() if experts.gates_inputs),
+        grouped=grouped_in(parts, layers),
     )
 
 

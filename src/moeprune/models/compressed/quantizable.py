@@ -1,19 +1,64 @@
 """Which matrices a quantizer takes; the one place that says so."""
 
+from dataclasses import dataclass
+
 from torch import nn
 from transformers import PreTrainedModel
 
-from moeprune.models.adapter import moe_layers
+from moeprune.errors import InputError, ModelError
+from moeprune.models import parts
+from moeprune.models.parts import part_of_modules
+from moeprune.models.runtime.grouped import head_is_tied
 
 
-def quantizable_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """{name: layer} of all linear layers, those of ragged experts included, but for routers and the output head.
+@dataclass(frozen=True)
+class QuantizedParts:
+    """Which parts of a model a quantizer takes; `moeprune.models.parts` says what belongs to each.
 
-    Embeddings, norms, biases, convolutions, and experts that are still fused are no linear layers. On a model whose
-    weights are on the meta device too.
+    Routers, norms, biases, convolutions, and experts that are still fused stay as they are.
     """
-    spared = {id(part) for layer in moe_layers(model) for part in layer.router.modules()}
-    spared.add(id(model.get_output_embeddings()))
-    return {
-        name: module for name, module in model.named_modules() if type(module) is nn.Linear and id(module) not in spared
-    }
+
+    routed_experts: bool = True
+    shared_experts: bool = True
+    attention: bool = True
+    dense_mlp: bool = True
+    embeddings: bool = False
+    head: bool = False
+
+    @property
+    def chosen(self) -> frozenset[str]:
+        """The parts, by their names in `moeprune.models.parts`."""
+        switches = {
+            parts.ROUTED: self.routed_experts,
+            parts.SHARED: self.shared_experts,
+            parts.ATTENTION: self.attention,
+            parts.DENSE_MLP: self.dense_mlp,
+            parts.EMBEDDINGS: self.embeddings,
+            parts.HEAD: self.head,
+        }
+        return frozenset(part for part, on in switches.items() if on)
+
+    def names(self, model: PreTrainedModel) -> dict[str, nn.Module]:
+        """{name: module} of the linear layers and the embedding that are to be quantised; on the meta device too.
+
+        A tied head stands beside the embedding that it is tied to. Raises InputError where only one of both is chosen,
+        ModelError where the family's embedding or head is of another kind, or quantised already.
+        """
+        if self.embeddings != self.head and head_is_tied(model):
+            raise InputError(
+                f"The head of {type(model).__name__} is its embedding table, so that both have the same bits; "
+                f"quantizer.parts.embeddings={self.embeddings} and quantizer.parts.head={self.head} are not possible.",
+                change="Set both to true, or both to false.",
+            )
+        part_of = part_of_modules(model)
+        chosen = {
+            name: module
+            for name, module in model.named_modules()
+            if type(module) in (nn.Linear, nn.Embedding) and part_of[name] in self.chosen
+        }
+        for part in {parts.EMBEDDINGS, parts.HEAD} & self.chosen - {part_of[name] for name in chosen}:
+            raise ModelError(
+                f"quantizer.parts.{part}=True is not possible: in {type(model).__name__} they are of a kind of their "
+                "own, or quantised already.\nUse false."
+            )
+        return chosen

@@ -13,6 +13,7 @@ from transformers.initialization import no_init_weights
 import moeprune.models.families  # noqa: F401  (makes transformers know the families that it lacks)
 from moeprune.errors import ModelError
 from moeprune.models.adapter import decoder_layers
+from moeprune.models.compressed.adapters import ADAPTERS, load_adapters
 from moeprune.models.compressed.files import CONFIG, INDEX, PREFIX, never_rounded, stored_precision
 from moeprune.models.compressed.quantized import Scheme, module_of, quantized_modules
 from moeprune.models.layers.stored import StoredTensor, stored_tensors
@@ -20,7 +21,7 @@ from moeprune.models.runtime.structure import make_ragged
 from moeprune.models.shape import weight_files
 
 # What config.json holds beside the settings of the family's own config.
-_NOT_THE_FAMILYS = ("model_type", "architectures", "auto_map", "pruned", "quantization_config", "dtype")
+_NOT_THE_FAMILYS = ("model_type", "architectures", "auto_map", "pruned", "quantization_config", "dtype", ADAPTERS)
 
 
 def load_compressed(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -36,6 +37,7 @@ def load_compressed(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         fill_layer(layer, name, inside, dtype)
     within = tuple(f"{name}." for name in layers)
     fill_rest(model, {key: tensor.read() for key, tensor in stored.items() if not key.startswith(within)}, dtype)
+    load_adapters(model, folder, dtype)
     return model.eval()
 
 
@@ -74,7 +76,7 @@ def pruned_model_on_meta(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         for name, scheme in quantized_modules(checkpoint_tensors(folder)).items():
             _make_quantized(model, name, scheme, dtype, folder)
     for name, module in list(model.named_modules()):
-        if module is not model and any(True for _ in module.buffers(recurse=False)) and not list(module.parameters()):
+        if module is not model and module._non_persistent_buffers_set and not list(module.parameters()):
             model.set_submodule(name, type(module)(config=config))
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 
 from moeprune.errors import InputError, ModelError
 from moeprune.models.adapter import decoder_layers
+from moeprune.models.compressed.adapters import ADAPTERS, adapter_names, save_adapters, without_adapters
 from moeprune.models.compressed.code import write_code
 from moeprune.models.compressed.eight_bit import OUTLIER
 from moeprune.models.compressed.files import (
@@ -30,6 +31,7 @@ from moeprune.models.compressed.files import (
     structure_of,
 )
 from moeprune.models.compressed.four_bit import four_bit_modules
+from moeprune.models.compressed.grouping import grouped_in
 from moeprune.models.compressed.quantized import quantized_modules
 from moeprune.models.layers.stored import stored_tensors
 
@@ -67,8 +69,10 @@ class CheckpointWriter:
         The decoder layers of ``model`` need not be in memory. Raises ModelError when the file of one is missing.
         """
         layers = [name for name, _ in decoder_layers(model)]
-        structures = [self._structure(depth, name) for depth, name in enumerate(layers)]
         inside = tuple(f"{name}." for name in layers)
+        outside = {name: module for name, module in model.named_modules() if not name.startswith(inside)}
+        structures = [self._structure(depth, name) for depth, name in enumerate(layers)]
+        structures.append({"grouped": grouped_in(outside, ())})
         save_tensors(self.folder / REST, _stored(model, "", self.dtype, inside), {})
         tokenizer.save_pretrained(self.folder)
         if model.generation_config is not None:
@@ -82,6 +86,8 @@ class CheckpointWriter:
         config |= {"dtype": str(self.dtype).removeprefix("torch."), "pruned": merged(structures)}
         if quantized_modules(stored):
             config["quantization_config"] = _quantization(model, stored, config["pruned"]["widths"], self.dtype)
+        if adapter_names(model):
+            config[ADAPTERS] = adapter_names(model)
         save_text(self.folder / CONFIG, json.dumps(config, indent=1))
 
     def _structure(self, depth: int, name: str) -> dict[str, Any]:
@@ -98,11 +104,14 @@ class CheckpointWriter:
 def save_compressed(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype
 ) -> None:
-    """Write a pruned, perhaps quantised model in memory into an existing folder, as `CheckpointWriter` does."""
-    writer = CheckpointWriter(folder, dtype)
-    for depth, (name, layer) in enumerate(decoder_layers(model)):
-        writer.add_layer(depth, name, layer)
-    writer.finish(model, tokenizer)
+    """Write a pruned, perhaps quantised model in memory into an existing folder, as `CheckpointWriter` does; its
+    adapters too."""
+    save_adapters(model, folder, dtype)
+    with without_adapters(model):
+        writer = CheckpointWriter(folder, dtype)
+        for depth, (name, layer) in enumerate(decoder_layers(model)):
+            writer.add_layer(depth, name, layer)
+        writer.finish(model, tokenizer)
 
 
 def _stored(module: nn.Module, prefix: str, dtype: torch.dtype, elsewhere: tuple[str, ...] = ()) -> dict[str, Tensor]:

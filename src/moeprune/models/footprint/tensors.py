@@ -18,6 +18,10 @@ LAYOUT_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8")
 HEADER_ALIGNMENT = 8
 SCALES_PER_SCALE = 256  # block of double quantisation, in bitsandbytes
 CODES_4, CODES_8 = 16, 256
+# What holds a matrix itself, in the formats that are known.
+CODES = ("weight", "codes")
+DESCRIPTIONS = ("weight.quant_state.bitsandbytes__nf4", "weight_format")
+MEAN_BYTES = 4
 # The mean of the scales, written out in decimal; its digits differ from matrix to matrix.
 TYPICAL_OFFSET = 0.012345678901234567
 
@@ -63,6 +67,24 @@ def four_bit_parts(shape: tuple[int, int], *, block_size: int, nested: bool, dty
 def eight_bit_parts(shape: tuple[int, int]) -> Parts:
     """What bitsandbytes stores for an int8 weight [out, in]: codes, a scale per row, and how the codes are laid out."""
     return {"weight": ("I8", shape), "SCB": ("F32", (shape[0],)), "weight_format": ("U8", ())}
+
+
+def grouped_parts(shape: tuple[int, int], *, bits: int, group_size: int) -> Parts:
+    """What `moeprune.models.runtime.grouped.GroupedWeight` stores for a matrix [rows, columns].
+
+    Codes, each row in whole bytes; a scale and a zero of 16 bits for each group of a row, its last one perhaps shorter.
+    """
+    rows, columns = shape
+    packed, groups = -(-columns * bits // 8), -(-columns // group_size)
+    return {"codes": ("U8", (rows, packed)), "scales": ("I16", (rows, groups)), "zeros": ("I16", (rows, groups))}
+
+
+def held_bytes(part: str, nbytes: int) -> int:
+    """What a stored part of a quantised layer takes in memory, where bitsandbytes has no use for descriptions, and
+    keeps the mean of the scales as a number of its own."""
+    if part in DESCRIPTIONS:
+        return 0
+    return nbytes + MEAN_BYTES if part == "weight.nested_absmax" else nbytes
 
 
 def file_bytes(specs: Iterable[TensorSpec], metadata: dict[str, str]) -> int:

@@ -1,5 +1,6 @@
 """What a model does around its decoder layers: how it calls each, and what it makes of the last one's output."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,7 +48,7 @@ def logits_after(
 
 def _inputs(model: PreTrainedModel, input_ids_BS: Tensor, mask_BS: Tensor) -> dict[str, Any]:
     embeddings: Any = model.get_input_embeddings()
-    device = embeddings.weight.device
+    device = next(itertools.chain(embeddings.parameters(), embeddings.buffers())).device
     return {"input_ids": input_ids_BS.to(device), "attention_mask": mask_BS.to(device), "use_cache": False}
 
 

@@ -145,30 +145,46 @@ class DenseCheckpoint:
     def _found_by_depth(self) -> dict[int, list[FoundTensor]]:
         """What belongs to each decoder layer."""
         expected = self._family.state_dict()
-        mapping = self._load_config.weight_mapping or []
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        renamed = Renaming(self._family, expected)
         depth_of = {f"{name}.": depth for depth, name in enumerate(self._names)}
         prefix_of = {key: prefix for prefix in depth_of for key in expected if key.startswith(prefix)}
         by_depth: dict[int, list[FoundTensor]] = {}
         unknown = []
         for file in weight_files(self._folder):
             for name, tensor in stored_tensors(file).items():
-                key, pattern = rename_source_key(name, renamings, converters, self._family.base_model_prefix, expected)
-                if key not in expected and name in expected:
-                    key, pattern = name, None
+                key, pattern = renamed(name)
                 if key not in expected:
                     unknown.append(name)
                     continue
                 if tensor.dtype not in READABLE and expected[key].is_floating_point():
                     raise ModelError(f"{name} in {file} is stored as {tensor.dtype}; use a checkpoint in bfloat16.")
                 depth = depth_of[prefix_of[key]] if key in prefix_of else OUTSIDE
-                converter = converter_of[pattern] if pattern is not None else None
+                converter = renamed.converter_of[pattern] if pattern is not None else None
                 by_depth.setdefault(depth, []).append(FoundTensor(name, tensor, key, converter, pattern))
         if unknown:
             log.info("%d tensors of %s belong to no part of the model, as %s", len(unknown), self._folder, unknown[0])
         return by_depth
+
+
+class Renaming:
+    """How transformers calls the tensors of a family's checkpoints in its ``model``; ``expected`` are the names there.
+
+    ``converter_of`` says what makes one tensor of several.
+    """
+
+    def __init__(self, model: PreTrainedModel, expected: Mapping[str, Any]) -> None:
+        mapping: Any = get_model_conversion_mapping(model) or []
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self.converter_of = {pattern: one for one in self._converters for pattern in one.source_patterns}
+        self._prefix, self._expected = model.base_model_prefix, dict(expected)
+
+    def __call__(self, name: str) -> tuple[str, str | None]:
+        """(name in the model, pattern of the converter that it goes through, if any)."""
+        key, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._expected)
+        if key not in self._expected and name in self._expected:
+            return name, None
+        return key, pattern
 
 
 def _model_on_meta(config: Any, dtype: torch.dtype) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moeprune.errors import ModelError
 from moeprune.models.adapter import decoder_layers
+from moeprune.models.compressed.adapters import refuse_adapters
 from moeprune.models.compressed.reader import checkpoint_tensors, fill_layer, fill_rest, pruned_model_on_meta
 from moeprune.models.layers.dense_checkpoint import DenseCheckpoint, only_layers
 from moeprune.models.layers.freed_memory import give_freed_memory_back
@@ -93,7 +94,9 @@ def stream_dense(
 def stream_compressed(
     folder: Path, dtype: torch.dtype, devices: tuple[torch.device, ...], activations_gib: float = math.inf
 ) -> StreamedModel:
-    """The compressed checkpoint in ``folder``, computing in ``dtype``. Raises ModelError when it is damaged."""
+    """The compressed checkpoint in ``folder``, computing in ``dtype``. Raises ModelError when it is damaged, or has
+    adapters."""
+    refuse_adapters(folder)
     give_freed_memory_back()
     stored = checkpoint_tensors(folder)
     model = pruned_model_on_meta(folder, dtype)

@@ -126,7 +126,8 @@ def on_every_share(shares: Sequence[Share], work: Callable[[Share], Result]) -> 
 def _described(model: PreTrainedModel, batches: Batches, description: str, propagate: str) -> Iterator[object]:
     """What tells one walk from another: the model's shapes, the tokens, and what the walk is for."""
     yield description, propagate
-    yield [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    yield [(name, tuple(tensor.shape)) for name, tensor in tensors]
     for input_ids_BS, mask_BS in batches:
         yield tuple(input_ids_BS.shape)
         yield input_ids_BS.cpu().contiguous().numpy().tobytes()

@@ -1,6 +1,6 @@
 """Gives a family's model the experts of a pruned checkpoint, whose shapes its config.json says."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,6 +10,7 @@ from transformers.initialization import no_init_weights
 
 from .activations import gated_activation
 from .contract import to_contract
+from .grouped import GroupedEmbedding, GroupedLinear, put_embedding
 from .ragged import Expert, RaggedExperts
 from .router import is_router, keep_router_rows
 
@@ -19,9 +20,11 @@ def make_ragged(model: nn.Module, pruned: Mapping[str, Any]) -> None:
 
     ``pruned``, by name of the experts module: ``widths`` of the stored experts; ``slot_of_row`` where router row i does
     not lead to expert i; ``biased``, those whose router rows have a bias; ``expert_biases``, those whose experts'
-    linear layers have biases; ``gates_inputs``, those whose gates scale what goes into an expert. Weights are not set.
+    linear layers have biases; ``gates_inputs``, those whose gates scale what goes into an expert. By name of any
+    module, ``grouped``: how the linear layers at and below it are kept in few bits (`grouped.GroupedWeight`); the
+    longest name counts. Weights are not set.
 
-    Raises ValueError where the model has no such experts, or a row leads to an expert that is not there.
+    Raises ValueError where the model has no such modules, or a row leads to an expert that is not there.
     """
     to_contract(model)
     for name, widths in pruned["widths"].items():
@@ -38,6 +41,34 @@ def make_ragged(model: nn.Module, pruned: Mapping[str, Any]) -> None:
         gates_inputs = name in pruned["gates_inputs"]
         model.set_submodule(name, RaggedExperts(stored, gated_activation(dense), slot_of_row, bias_EH, gates_inputs))
         keep_router_rows(router, torch.arange(len(slot_of_row)))
+    _make_grouped(model, pruned.get("grouped", {}))  # checkpoints from before it say nothing
+
+
+def nearest(name: str, prefixes: Collection[str]) -> str | None:
+    """The longest of some module names that ``name`` is, or lies below; None where there is none."""
+    while name and name not in prefixes:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def _make_grouped(model: nn.Module, grouped: Mapping[str, Mapping[str, Any]]) -> None:
+    """Replace the linear layers and the embedding that ``grouped`` names by ones of few bits."""
+    used = set()
+    for name, module in list(model.named_modules()):
+        prefix = nearest(name, grouped)
+        if prefix is None or type(module) not in (nn.Linear, nn.Embedding):
+            continue
+        used.add(prefix)
+        settings: dict[str, Any] = {
+            **grouped[prefix], "device": module.weight.device, "dtype": module.weight.dtype
+        }  # fmt: skip
+        if isinstance(module, nn.Embedding):
+            put_embedding(model, GroupedEmbedding(module.num_embeddings, module.embedding_dim, **settings))
+        else:
+            settings["bias"] = module.bias is not None
+            model.set_submodule(name, GroupedLinear(module.in_features, module.out_features, **settings))
+    if odd := sorted(grouped.keys() - used):
+        raise ValueError(f"{type(model).__name__} has no matrices {odd[0]}.")
 
 
 def _experts_and_router(model: nn.Module, name: str) -> tuple[Any, Any]:
