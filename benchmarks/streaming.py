@@ -193,7 +193,7 @@ def compress(folder: Path, windows: TokenWindows, batch_size: int) -> None:
         if step == "pruned":
             layers = cut_layers(model, Plan(kept, WIDTH), workspace=workspace)
         else:
-            layers = NF4Quantizer()(model, workspace)
+            layers = NF4Quantizer()(model, None, 1, workspace)
         for depth, name, layer in layers:
             writer.add_layer(depth, name, layer)
         writer.finish(model.model, tokenizer)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moeprune.calibration.windows import TokenWindows
 from moeprune.models.adapter import moe_layers
 from moeprune.surgery.prune import prune
 from moeprune.types import Plan
@@ -20,3 +21,22 @@ def pruned(tiny_model):
         for index, layer in enumerate(layers)
     )
     return prune(tiny_model, Plan(kept, layers[0].widths[0]))
+
+
+@pytest.fixture
+def pruned_64(build_model, model_name):
+    """A model in float64 whose experts have all kinds of widths, and one in the first layer none."""
+    model = build_model(model_name, torch.float64)
+    layers = moe_layers(model)
+    kept = [[torch.arange(layer.widths[0] - expert) for expert in range(layer.expert_count)] for layer in layers]
+    kept[0][1] = torch.arange(0)
+    return prune(model, Plan(tuple(map(tuple, kept)), layers[0].widths[0]))
+
+
+@pytest.fixture
+def padded_windows() -> TokenWindows:
+    """Seven windows of 12 random tokens; in every other one the last four are padding."""
+    input_ids_NT = torch.randint(1, 257, (7, 12), generator=torch.Generator().manual_seed(2))
+    mask_NT = torch.ones_like(input_ids_NT)
+    mask_NT[::2, 8:] = 0
+    return TokenWindows(input_ids_NT, mask_NT)

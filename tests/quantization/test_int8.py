@@ -5,6 +5,7 @@ import torch
 from bitsandbytes.nn import Linear8bitLt
 from hypothesis import given
 from hypothesis import strategies as st
+from quantising import quantised
 from torch import nn
 
 from moeprune.errors import ModelError
@@ -15,7 +16,7 @@ from moeprune.models.compressed.eight_bit import (
     empty_eight_bit_linear,
     fill_eight_bit_linear,
 )
-from moeprune.models.compressed.quantizable import quantizable_linears
+from moeprune.models.compressed.quantizable import QuantizedParts
 from moeprune.models.compressed.reader import load_compressed
 from moeprune.models.compressed.writer import save_compressed
 from moeprune.models.layers.streaming import drop_tensors
@@ -23,10 +24,8 @@ from moeprune.quantization import int8
 from moeprune.quantization.int8 import Int8Quantizer
 
 
-def quantised(model):
-    for _ in Int8Quantizer()(model):
-        pass
-    return model
+def in_int8(model):
+    return quantised(model, Int8Quantizer())
 
 
 def dequantised(layer: Linear8bitLt) -> torch.Tensor:
@@ -45,9 +44,9 @@ def test_each_weight_is_within_half_a_step_of_its_rows_scale(outputs, inputs, se
 
 
 def test_everything_linear_is_quantised_except_router_embedding_and_head(pruned):
-    linear = set(quantizable_linears(pruned))
+    linear = set(QuantizedParts().names(pruned))
     untouched = {n: p.clone() for n, p in pruned.named_parameters() if n.rsplit(".", 1)[0] not in linear}
-    model = quantised(pruned)
+    model = in_int8(pruned)
     assert {name for name, module in model.named_modules() if isinstance(module, Linear8bitLt)} == linear
     parameters = dict(model.named_parameters())
     assert {name for name, value in parameters.items() if value.dtype != torch.int8} == set(untouched)
@@ -59,7 +58,7 @@ def test_everything_linear_is_quantised_except_router_embedding_and_head(pruned)
 def test_the_quantised_model_is_near_the_one_of_its_dequantised_weights(pruned, random_windows):
     """Inputs are rounded too, to 1/127 of the largest of a token."""
     ids = random_windows.input_ids_NT
-    model = quantised(pruned)
+    model = in_int8(pruned)
     actual = model(ids).logits
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear8bitLt):
@@ -73,7 +72,7 @@ def test_the_quantised_model_is_near_the_one_of_its_dequantised_weights(pruned, 
 
 @torch.no_grad()
 def test_running_it_changes_nothing_that_is_stored(pruned, random_windows):
-    model = quantised(pruned)
+    model = in_int8(pruned)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model(random_windows.input_ids_NT)
     after = model.state_dict()
@@ -83,7 +82,7 @@ def test_running_it_changes_nothing_that_is_stored(pruned, random_windows):
 
 @torch.no_grad()
 def test_a_written_model_computes_the_same_bit_for_bit(pruned, random_windows, byte_tokenizer, tmp_path):
-    model = quantised(pruned)
+    model = in_int8(pruned)
     ids = random_windows.input_ids_NT
     save_compressed(model, byte_tokenizer, tmp_path, torch.float32)
     loaded = load_compressed(tmp_path, torch.float32)
@@ -118,7 +117,7 @@ def test_parts_that_do_not_fit_are_refused(change, error):
 def test_a_skipped_linear_layer_is_a_model_error(pruned, monkeypatch):
     monkeypatch.setattr(int8, "eight_bit_linear", lambda weight, bias: nn.Linear(*reversed(weight.shape)))
     with pytest.raises(ModelError, match=r"These matrices of model\.layers\.0 were not quantised"):
-        quantised(pruned)
+        in_int8(pruned)
 
 
 @torch.no_grad()

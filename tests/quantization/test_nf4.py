@@ -4,6 +4,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from quantising import quantised
 from torch import nn
 
 from moeprune.errors import ModelError
@@ -19,10 +20,8 @@ from moeprune.types import Plan
 SCHEMES = pytest.mark.parametrize("double_quantization", [False, True], ids=["plain scales", "double quantisation"])
 
 
-def quantised(model, **settings):
-    for _ in NF4Quantizer(**settings)(model):
-        pass
-    return model
+def in_nf4(model, **settings):
+    return quantised(model, NF4Quantizer(**settings))
 
 
 def dequantised(layer: Linear4bit) -> torch.Tensor:
@@ -44,7 +43,7 @@ def test_everything_linear_is_quantised_except_router_embedding_and_head(pruned)
     untouched = {
         name: parameter.clone() for name, parameter in pruned.named_parameters() if name.rsplit(".", 1)[0] not in linear
     }
-    model = quantised(pruned)
+    model = in_nf4(pruned)
     assert {name for name in linear if not isinstance(model.get_submodule(name), Linear4bit)} == set()
     assert all(matrix.weight.dtype == torch.uint8 for matrix in expert_matrices(model).values())
     assert not any(isinstance(layer.router, Linear4bit) for layer in moe_layers(model))
@@ -59,7 +58,7 @@ def test_everything_linear_is_quantised_except_router_embedding_and_head(pruned)
 def test_quantised_forward_equals_the_forward_of_its_dequantised_weights(pruned, random_windows, double_quantization):
     ids = random_windows.input_ids_NT
     full = pruned(ids).logits
-    model = quantised(pruned, double_quantization=double_quantization)
+    model = in_nf4(pruned, double_quantization=double_quantization)
     actual = model(ids).logits
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear4bit):
@@ -75,7 +74,7 @@ def test_quantised_forward_equals_the_forward_of_its_dequantised_weights(pruned,
 def test_experts_are_quantised_from_their_own_weights(pruned):
     """Each dequantised matrix is within half the widest NF4 step (0.31 of a block's largest value) of the original."""
     before = {name: matrix.weight.clone() for name, matrix in expert_matrices(pruned).items()}
-    for name, matrix in expert_matrices(quantised(pruned)).items():
+    for name, matrix in expert_matrices(in_nf4(pruned)).items():
         assert dequantised(matrix).shape == before[name].shape
         blocks = before[name].reshape(-1, 64)
         error = (dequantised(matrix).reshape(-1, 64) - blocks).abs()
@@ -101,7 +100,7 @@ def test_bits_per_weight(nested, bits):
 @pytest.mark.parametrize("block_size", [64, 128])
 @SCHEMES
 def test_every_matrix_follows_the_settings(pruned, block_size, double_quantization):
-    model = quantised(pruned, block_size=block_size, double_quantization=double_quantization)
+    model = in_nf4(pruned, block_size=block_size, double_quantization=double_quantization)
     states = [module.quant_state for module in model.modules() if isinstance(module, Linear4bit)]
     assert {(state.quant_type, state.blocksize, state.nested) for state in states} == {
         ("nf4", block_size, double_quantization)
@@ -126,7 +125,7 @@ def test_a_bias_is_kept():
 @SCHEMES
 @torch.no_grad()
 def test_widths_of_sixteen_and_removed_experts_work(pruned, random_windows, double_quantization):
-    model = quantised(pruned, double_quantization=double_quantization)
+    model = in_nf4(pruned, double_quantization=double_quantization)
     first, second = moe_layers(model)
     assert (first.widths[0], second.widths[:2]) == (16, (8, 16))
     assert first.expert_count == second.expert_count - 1
@@ -137,7 +136,7 @@ def test_widths_of_sixteen_and_removed_experts_work(pruned, random_windows, doub
 def test_a_width_that_does_not_fill_a_block_works(tiny_model, random_windows):
     layers = moe_layers(tiny_model)
     kept = tuple(tuple(torch.arange(1 + expert) for expert in range(layer.expert_count)) for layer in layers)
-    model = quantised(prune(tiny_model, Plan(kept, layers[0].widths[0])))
+    model = in_nf4(prune(tiny_model, Plan(kept, layers[0].widths[0])))
     assert torch.isfinite(model(random_windows.input_ids_NT).logits).all()
 
 
@@ -145,7 +144,7 @@ def test_a_skipped_linear_layer_is_a_model_error(pruned, monkeypatch):
     """As a library would skip it: the layer stays as it is, and nothing is said."""
     monkeypatch.setattr(nf4, "four_bit_linear", lambda weight, bias, **_: nn.Linear(*reversed(weight.shape)))
     with pytest.raises(ModelError, match=r"These matrices of model\.layers\.0 were not quantised"):
-        quantised(pruned)
+        in_nf4(pruned)
 
 
 def test_a_matrix_that_stays_unpacked_is_a_model_error(pruned, monkeypatch):
@@ -154,21 +153,21 @@ def test_a_matrix_that_stays_unpacked_is_a_model_error(pruned, monkeypatch):
 
     monkeypatch.setattr(nf4, "four_bit_linear", unpacked)
     with pytest.raises(ModelError, match=r"These matrices of model\.layers\.0 were not quantised"):
-        quantised(pruned)
+        in_nf4(pruned)
 
 
 def test_unquantised_matrices_are_dropped_layer_by_layer(pruned):
     layers = moe_layers(pruned)
     before = [list(layer.experts[1].children()) for layer in layers]
     dropped = []
-    for _, _, decoder_layer in NF4Quantizer()(pruned):
+    for _, _, decoder_layer in NF4Quantizer()(pruned, None, 1):
         if decoder_layer in [layer.decoder_layer for layer in layers]:
             dropped.append([all(matrix.weight.is_meta for matrix in matrices) for matrices in before])
     assert dropped == [[True, False], [True, True]]
 
 
 def test_shapes_are_known_without_weights(pruned):
-    model = quantised(pruned)
+    model = in_nf4(pruned)
     shapes = {name: quantized_shape(matrix) for name, matrix in expert_matrices(model).items()}
     drop_tensors(model.modules())
     assert {name: quantized_shape(matrix) for name, matrix in expert_matrices(model).items()} == shapes
@@ -179,7 +178,7 @@ def test_shapes_are_known_without_weights(pruned):
 
 
 def test_tensor_names_say_which_modules_are_in_four_bits(pruned):
-    model = quantised(pruned, double_quantization=True)
+    model = in_nf4(pruned, double_quantization=True)
     names = model.state_dict().keys()
     modules = four_bit_modules(names)
     assert modules == {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
