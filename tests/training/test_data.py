@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from moeprune.training.data import ResumedOrder, WindowMixture
+from moeprune.training.data import WindowMixture
 
 LENGTH = 5  # begin token and 4 tokens
 
@@ -17,7 +17,8 @@ def mixture(count=300, seed=3, weights=None, sizes=None):
         for d, (name, size) in enumerate(sizes.items())
     }
     weights = weights or {"first": 3.0, "second": 1.0}
-    return WindowMixture(tokens, weights, count=count, sequence_length=LENGTH, begin_token=7, seed=seed)
+    windows = WindowMixture(tokens, weights, count=count, sequence_length=LENGTH, begin_token=7, seed=seed)
+    return [window["input_ids"] for window in windows]
 
 
 def domain_of(window) -> int:
@@ -65,9 +66,3 @@ def test_all_windows_of_a_domain_are_used_before_any_comes_again():
     starts = [int(windows[item][1]) for item in range(25)]
     assert sorted(starts[:10]) == sorted(starts[10:20]) == [1000 + 4 * window for window in range(10)]
     assert starts[:10] == starts[10:20]
-
-
-def test_resumed_order_leaves_out_what_was_seen_and_keeps_the_length():
-    order = ResumedOrder(6, 4)
-    assert list(order) == [4, 5]
-    assert len(order) == 6

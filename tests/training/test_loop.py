@@ -6,16 +6,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from moeprune.errors import NumericalError
 from moeprune.training.data import WindowMixture
 from moeprune.training.loop import TrainingSettings, rate_factor, train
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-    # `ResumedOrder` is what makes it reliable.
-    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
-]
 
 SETTINGS = TrainingSettings(
     steps=8,
@@ -68,7 +63,9 @@ def fresh_model(build_model):
 
 
 def curve_of(run_dir):
-    return [json.loads(line) for line in (run_dir / "loss_curve.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run_dir / "loss_curve.jsonl").read_text().splitlines()]
+    assert all(line.pop("seconds") > 0 for line in lines)
+    return lines
 
 
 def assert_same_weights(model, expected) -> None:
@@ -135,7 +132,7 @@ def test_the_curve_is_the_mean_loss_of_the_untrained_model_when_the_rate_is_zero
     settings = dataclasses.replace(SETTINGS, learning_rate=0.0)
     model = train(fresh_model(), windows, settings, tmp_path)
     assert_same_weights(model, fresh_model())
-    batches = torch.stack([windows[item] for item in range(24)]).split(3)
+    batches = torch.stack([windows[item]["input_ids"] for item in range(24)]).split(3)
     with torch.no_grad():
         losses = [float(model(input_ids=batch, labels=batch).loss) for batch in batches]
     expected = [(one + other) / 2 for one, other in zip(losses[::2], losses[1::2], strict=True)]
@@ -157,9 +154,9 @@ def test_a_loss_that_is_not_a_number_is_a_numerical_error_and_the_last_checkpoin
     with pytest.raises(NumericalError, match="The loss is nan at step 6; lower the learning rate"):
         train(model, windows, SETTINGS, tmp_path / "resumed")
     hook.remove()
-    checkpoint = torch.load(tmp_path / "resumed" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert checkpoint["global_step"] == 4
-    assert all(torch.isfinite(tensor).all() for tensor in checkpoint["state_dict"].values())
+    (last,) = (tmp_path / "resumed" / "checkpoints").iterdir()
+    assert last.name == "step_00000004.safetensors"
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(last).values())
     assert_same_weights(train(fresh_model(), windows, SETTINGS, tmp_path / "resumed"), uninterrupted[0])
 
 

@@ -6,12 +6,19 @@ from torch import Tensor
 from moeprune.models.adapter import Routing
 
 
-def load_balancing_loss(routing: list[Routing]) -> Tensor:
+def load_balancing_loss(routing: list[Routing], counted_T: Tensor | None = None) -> Tensor:
     """Mean over layers of ``E / K * sum_e f_e p_e``; 1 when a layer is balanced.
+
+    Tokens count where ``counted_T`` (bool) says so, or all of them.
 
     ``f_e`` is the share of tokens that layer sends to expert e, ``p_e`` the mean softmax probability of e
     (Switch Transformers 2101.03961, section 2.2, extended to top-k). transformers' own auxiliary loss pools all layers.
     """
+    if counted_T is not None:
+        routing = [
+            Routing(layer.logits_TE[counted_T], layer.gates_TK[counted_T], layer.experts_TK[counted_T])
+            for layer in routing
+        ]
     return torch.stack([_layer_loss(layer) for layer in routing]).mean()
 
 

@@ -1,21 +1,18 @@
-"""Language-model training with Lightning: warm-up, constant rate, linear decay; resumes exactly from its checkpoint."""
+"""Language-model training of random weights: warm-up, constant rate, linear decay; goes on exactly where it was cut."""
 
-import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import lightning
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
-from moeprune.errors import NumericalError
-from moeprune.models.adapter import recorded_routing
-from moeprune.training.balance import load_balancing_loss
-from moeprune.training.data import ResumedOrder
+from moeprune.training.data import WindowMixture
+from moeprune.training.distributed import fabric_for
+from moeprune.training.learner import ParameterGroup, learner_for
+from moeprune.training.run import Run, Schedule
+from moeprune.training.steps import Steps
 
 
 @dataclass(frozen=True)
@@ -36,40 +33,6 @@ class TrainingSettings:
     log_every: int = 20
 
 
-class LanguageModelTraining(lightning.LightningModule):
-    """Next-token cross-entropy plus ``balance_weight`` times the per-layer load-balancing loss."""
-
-    def __init__(self, model: nn.Module, windows: Dataset[Tensor], settings: TrainingSettings) -> None:
-        super().__init__()
-        self.model = model
-        self._windows = windows
-        self._settings = settings
-
-    def train_dataloader(self) -> DataLoader[Tensor]:
-        # Called after a checkpoint is restored, so global_step says where the data order goes on.
-        first = self.trainer.global_step * self._settings.batch_size
-        order = ResumedOrder(len(self._windows), first)  # type: ignore[arg-type]
-        return DataLoader(self._windows, batch_size=self._settings.batch_size, sampler=order, num_workers=0)
-
-    def training_step(self, input_ids_BT: Tensor, _batch_index: int) -> Tensor:
-        with recorded_routing(self.model) as routing:
-            loss = self.model(input_ids=input_ids_BT, labels=input_ids_BT, use_cache=False).loss
-        if not torch.isfinite(loss):
-            raise NumericalError(f"The loss is {loss.item()} at step {self.global_step}; lower the learning rate.")
-        balance = load_balancing_loss(routing)
-        self.log_dict({"loss": loss, "balance": balance}, prog_bar=True)
-        return loss + self._settings.balance_weight * balance
-
-    def configure_optimizers(self) -> Any:
-        settings = self._settings
-        decayed = [p for p in self.model.parameters() if p.requires_grad and p.dim() >= 2]
-        others = [p for p in self.model.parameters() if p.requires_grad and p.dim() < 2]
-        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, settings))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
 def rate_factor(step: int, settings: TrainingSettings) -> float:
     """Learning rate relative to its peak: linear warm-up, constant, linear decay to 0 over the last fraction."""
     warm = min(1.0, (step + 1) / max(1, settings.warmup_steps))
@@ -77,59 +40,43 @@ def rate_factor(step: int, settings: TrainingSettings) -> float:
     return min(warm, max(0.0, (settings.steps - step) / decay_steps))
 
 
-class LossCurve(lightning.Callback):
-    """Appends ``{"step", "loss", "balance"}``, means over ``log_every`` steps; a resumed run rewrites its tail."""
+def train(model: nn.Module, windows: WindowMixture, settings: TrainingSettings, run_dir: Path) -> nn.Module:
+    """Train in place until ``settings.steps``; goes on from the last of ``run_dir/checkpoints`` where there is one.
 
-    def __init__(self, path: Path, log_every: int) -> None:
-        self._path, self._log_every = path, log_every
-        self._window: list[tuple[float, float]] = []
-
-    def state_dict(self) -> dict[str, Any]:
-        """What checkpoints keep: the steps since the last line, for the mean of the next one."""
-        return {"window": list(self._window)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._window = list(state_dict["window"])
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= trainer.global_step]
-        self._path.write_text("".join(f"{line}\n" for line in kept))
-
-    def on_train_batch_end(self, trainer: lightning.Trainer, *_args: Any, **_kwargs: Any) -> None:
-        metrics = trainer.callback_metrics
-        self._window.append((float(metrics["loss"]), float(metrics["balance"])))
-        if trainer.global_step % self._log_every == 0:
-            loss, balance = (sum(values) / len(self._window) for values in zip(*self._window, strict=True))
-            with self._path.open("a") as curve:
-                curve.write(json.dumps({"step": trainer.global_step, "loss": loss, "balance": balance}) + "\n")
-            self._window.clear()
-
-    def _lines(self) -> list[str]:
-        return self._path.read_text().splitlines() if self._path.exists() else []
-
-
-def train(model: nn.Module, windows: Dataset[Tensor], settings: TrainingSettings, run_dir: Path) -> nn.Module:
-    """Train in place until ``settings.steps``; goes on from ``run_dir/checkpoints/last.ckpt`` where that exists.
+    A GPU is used where there is one; the model stays on it.
 
     Raises NumericalError when the loss is not finite; the last checkpoint then stays.
     """
-    lightning.seed_everything(settings.seed, verbose=False)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    checkpoints = ModelCheckpoint(
-        run_dir / "checkpoints", filename="last", every_n_train_steps=settings.checkpoint_every, save_top_k=1,
-        enable_version_counter=False,
-    )  # fmt: skip
-    trainer = lightning.Trainer(
-        accelerator="auto",
-        devices=1,
-        max_steps=settings.steps,
-        gradient_clip_val=settings.gradient_clip,
-        callbacks=[checkpoints, LossCurve(run_dir / "loss_curve.jsonl", settings.log_every), TQDMProgressBar(20)],
-        logger=False,
-        enable_model_summary=False,
-        default_root_dir=run_dir,
+    size = settings.batch_size
+    steps = Steps(
+        windows=windows,
+        items_of_step=lambda step: range(step * size, (step + 1) * size),
+        micro_batch_size=size,
+        objective=_mean_loss,
+        balance_weight=settings.balance_weight,
+        rate_factor=lambda step: rate_factor(step, settings),
+        gradient_clip=settings.gradient_clip,
+        seed=settings.seed,
     )
-    last = run_dir / "checkpoints" / "last.ckpt"
-    loop = LanguageModelTraining(model, windows, settings)
-    trainer.fit(loop, ckpt_path=last if last.exists() else None, weights_only=True)
+    schedule = Schedule(settings.steps, settings.log_every, settings.checkpoint_every)
+    fabric = fabric_for(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    learner = learner_for(model, _groups(model, settings), fabric, betas=(0.9, 0.95))
+    Run(learner, steps, schedule, run_dir, asdict(settings)).complete()
     return model
+
+
+def _mean_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The loss per token as transformers gives it; all windows are equally long, so it counts once per batch."""
+    loss = model(input_ids=batch["input_ids"], labels=batch["input_ids"], use_cache=False).loss
+    return {"loss": loss, "targets": torch.ones((), device=loss.device)}
+
+
+def _groups(model: nn.Module, settings: TrainingSettings) -> list[ParameterGroup]:
+    """Weights decay, but not those of norms and biases."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.dim() >= 2]
+    vectors = [parameter for parameter in trained if parameter.dim() < 2]
+    return [
+        ParameterGroup("matrices", matrices, settings.learning_rate, settings.weight_decay),
+        ParameterGroup("vectors", vectors, settings.learning_rate),
+    ]
