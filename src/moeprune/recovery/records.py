@@ -1,0 +1,109 @@
+"""Where records of instruction data come from: a local JSON file, or a data set on the Hugging Face hub."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moeprune.errors import InputError
+
+Record = Mapping[str, Any]
+
+SUFFIXES = (".json", ".jsonl")
+
+
+@dataclass(frozen=True)
+class RecordSource:
+    """A local UTF-8 file, ``.json`` with one list of objects or ``.jsonl`` with an object per line; or a hub name.
+
+    Of a data set on the hub, which is downloaded once: ``subset`` is its configuration, where it has several; ``files``
+    a pattern, where only some of its files are wanted (they are the split "train"); ``revision`` a commit, without
+    which the newest is taken. A local file is read whole, so that it can stand in for a data set where there is no
+    connection.
+    """
+
+    path: str
+    split: str = "train"
+    subset: str | None = None
+    files: str | None = None
+    revision: str | None = None
+
+    def read(self) -> Sequence[Record]:
+        """The records, in their order. Raises InputError for what is missing or holds no records, with the line."""
+        records = self._of_file() if self._is_file() else self._of_hub()
+        if len(records) == 0:
+            raise InputError(f"{self.path} holds no record.", change="Give a file or a split with at least one.")
+        return records
+
+    def identity(self) -> dict[str, object]:
+        """What the content depends on, for cache keys: of a file its digest, of a data set its name and revision."""
+        if not self._is_file():
+            return asdict(self)
+        return {"suffix": Path(self.path).suffix, "content": hashlib.sha256(self._text().encode()).hexdigest()}
+
+    def _is_file(self) -> bool:
+        return Path(self.path).suffix in SUFFIXES
+
+    def _of_hub(self) -> Sequence[Record]:
+        if Path(self.path).exists():
+            raise InputError(f"{self.path} is no .json or .jsonl file.", change="Give the path of one, or a hub name.")
+        import datasets  # takes seconds, and most runs do not need it
+
+        try:
+            records: Any = datasets.load_dataset(
+                self.path, self.subset, split=self.split, data_files=self.files, revision=self.revision
+            )
+        except Exception as error:  # the library raises a dozen kinds
+            raise InputError(
+                f"The data set {self.path} cannot be had: {error}",
+                change="Check the name and the connection. Without one, set HF_HOME to a cache that holds it, or "
+                "training_data.records.path to a .json or .jsonl file of its records.",
+            ) from error
+        return records
+
+    def _of_file(self) -> Sequence[Record]:
+        text = self._text()
+        if Path(self.path).suffix == ".json":
+            return self._of_list(text)
+        # Not splitlines: it also splits at characters that JSON allows within a string.
+        lines = enumerate(text.split("\n"), start=1)
+        return [self._of_line(number, line) for number, line in lines if line.strip()]
+
+    def _of_line(self, number: int, line: str) -> Record:
+        try:
+            return self._checked(json.loads(line), f"line {number}")
+        except json.JSONDecodeError as error:
+            raise self._damaged(number, error) from None
+
+    def _of_list(self, text: str) -> Sequence[Record]:
+        try:
+            records = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise self._damaged(error.lineno, error) from None
+        if not isinstance(records, list):
+            raise InputError(f"{self.path} holds a {type(records).__name__}.", change="Give a list of objects.")
+        return [self._checked(record, f"record {number}") for number, record in enumerate(records, start=1)]
+
+    def _damaged(self, line: int, error: json.JSONDecodeError) -> InputError:
+        return InputError(
+            f"{self.path}, line {line}, column {error.colno}: {error.msg}.",
+            change="A .json file holds one list of objects, a .jsonl file an object per line.",
+        )
+
+    def _checked(self, record: object, where: str) -> Record:
+        if not isinstance(record, dict):
+            raise InputError(f"{self.path}, {where}: {str(record)[:60]} is no object.", change="Use {field: value}.")
+        return record
+
+    def _text(self) -> str:
+        change = "Give the path of a .json or .jsonl file."
+        try:
+            return Path(self.path).read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            raise InputError(f"{self.path} does not exist.", change=change) from None
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read: {error.strerror}.", change=change) from None
+        except UnicodeDecodeError:
+            raise InputError(f"{self.path} is not UTF-8 text.", change="Convert it to UTF-8.") from None
