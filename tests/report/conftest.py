@@ -2,14 +2,19 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moeprune.report.results import Metrics, load_metrics
+
 WriteRun = Callable[..., Path]
 DENSE_BYTES = {"tiny_qwen3_moe": 8_600_000, "tiny_deepseek_v2": 9_800_000}
+# Bits of a weight, and how many times higher the perplexity is.
+QUANTIZERS = {"rtn8": (8, 1.005), "nf4": (4, 1.04), "gptq3": (3, 1.25), "hqq2": (2, 20.0)}
 
 
 def made_up_variant(
@@ -35,8 +40,27 @@ def made_up_variant(
             "ideal": int(DENSE_BYTES[model] * size),
             "with_overhead": int(DENSE_BYTES[model] * size * (1 if name == "dense" else 1.1)),
             "on_disk": int(DENSE_BYTES[model] * size * (1 if name == "dense" else 1.2)),
+            "in_memory": int(DENSE_BYTES[model] * size * 2),
         },
+        "precision": made_up_precision(int(total * kept), bits, name),
     }
+
+
+def made_up_precision(parameters: int, bits: int, name: str) -> list[dict[str, Any]]:
+    """Four fifths of the parameters in routed experts, at a tenth more bits than nominal; the rest in 16 bits."""
+    routed, rest = int(0.8 * parameters), int(0.2 * parameters)
+    quantized = {"format": name.rpartition("+")[2], "bits": bits, "bits_with_overhead": 1.1 * bits}
+    kept = {"format": "bf16", "bits": 16, "bits_with_overhead": 16.0}
+    return [
+        {
+            "part": "routed experts",
+            **(kept if bits == 16 else quantized),
+            "matrices": 192,
+            "parameters": routed,
+            "bytes": int(routed * (2 if bits == 16 else 1.1 * bits / 8)),
+        },
+        {"part": "embeddings", **kept, "matrices": 1, "parameters": rest, "bytes": 2 * rest},
+    ]
 
 
 def made_up_metrics(harm: float = 1.0, removes: bool = True, **settings: Any) -> dict[str, Any]:
@@ -50,6 +74,8 @@ def made_up_metrics(harm: float = 1.0, removes: bool = True, **settings: Any) ->
         "surgery": "none",
         "quantizer": "nf4",
         "recovery": "none",
+        "training_data": "embedded",
+        "order": ["prune", "recover", "quantize"],
         "calibration": "mixed",
         "ratio": 0.5,
         "seed": 0,
@@ -61,9 +87,12 @@ def made_up_metrics(harm: float = 1.0, removes: bool = True, **settings: Any) ->
         made_up_variant("dense", 50, 1, 16, 0.9, model),
         made_up_variant("pruned", pruned, kept, 16, 0.9 - 0.1 * harm * ratio, model),
     ]
+    if metrics["recovery"] != "none":
+        metrics["recovery_details"] = made_up_recovery(metrics["variants"][-1]["parameters"]["total"])
     if metrics["quantizer"] != "none":
-        name = f"pruned+{metrics['quantizer']}"
-        metrics["variants"].append(made_up_variant(name, 1.04 * pruned, kept, 4, 0.88 - 0.1 * harm * ratio, model))
+        name, (bits, higher) = f"pruned+{metrics['quantizer']}", QUANTIZERS[metrics["quantizer"]]
+        accuracy = 0.88 - 0.1 * harm * ratio
+        metrics["variants"].append(made_up_variant(name, higher * pruned, kept, bits, accuracy, model))
     metrics["stages"] = made_up_stages(metrics)
     metrics["plan"] = {
         "removed_channels": int(6144 * ratio) if removes else 0,
@@ -73,6 +102,21 @@ def made_up_metrics(harm: float = 1.0, removes: bool = True, **settings: Any) ->
         "note": "",
     }
     return metrics
+
+
+def made_up_recovery(parameters: int) -> dict[str, Any]:
+    """A twentieth of the parameters trained on 500 tokens a second."""
+    return {
+        "training_tokens": 200_000,
+        "steps": 50,
+        "seconds": 400.0,
+        "trained_parameters": parameters // 20,
+        "learning_rates": {"experts": 1e-4, "routers": 1e-6},
+        "final_loss": 2.5,
+        "merged": True,
+        "stored_difference": 0.0016,
+        "stored_max_difference": 0.0125,
+    }
 
 
 def made_up_stages(metrics: dict[str, Any]) -> list[dict[str, Any]]:
@@ -110,6 +154,28 @@ def write_run() -> WriteRun:
         return run_dir
 
     return write
+
+
+@pytest.fixture(scope="session")
+def made_up_results(tmp_path_factory) -> Metrics:
+    """Made-up metrics as they are read."""
+    run_dir = tmp_path_factory.mktemp("run")
+    (run_dir / "metrics.json").write_text(json.dumps(made_up_metrics()))
+    return load_metrics(run_dir)
+
+
+@pytest.fixture
+def made_up_loss_curve() -> list[dict[str, Any]]:
+    """Fifty steps: a warm-up of five, then a cosine; validated at every tenth."""
+    points = []
+    for step in range(1, 51):
+        factor = step / 5 if step <= 5 else (1 + math.cos(math.pi * (step - 5) / 45)) / 2
+        point: dict[str, Any] = {"step": step, "loss": 2.5 + 1.5 / step, "kl": 1 / step, "gradient_norm": 0.3}
+        if step % 10 == 0:
+            point["validation_loss"] = 2.6 + 1.5 / step
+        rates = {"experts": 1e-4 * factor, "routers": 1e-6 * factor}
+        points.append({**point, "learning_rate": rates, "tokens": 4000 * step, "seconds": 8.0 * step})
+    return points
 
 
 @pytest.fixture

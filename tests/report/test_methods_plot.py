@@ -49,3 +49,14 @@ def test_a_perplexity_that_is_not_finite_stands_last_and_is_told(tmp_path, runs,
 def test_it_is_written_as_a_png(tmp_path, runs):
     plot_methods(runs, tmp_path / "methods.png")
     assert (tmp_path / "methods.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_few_recoveries_are_told_apart_with_their_seconds(tmp_path, write_run):
+    for number, (recovery, harm) in enumerate((("none", 3.0), ("lora", 2.0), ("dora", 1.0))):
+        write_run(tmp_path / str(number), recovery=recovery, harm=harm)
+    figure = methods_figure(load_sweep(tmp_path))
+    (panel,) = figure.axes
+    names = ["recovery dora", "recovery lora", "recovery none"]
+    assert [label.get_text() for label in panel.get_yticklabels()] == names
+    assert [text.get_text() for text in panel.texts] == ["1.300  (400 s)", "1.560  (400 s)", "1.820"]
+    assert figure.get_suptitle() == "Recoveries by perplexity (seconds of training)"

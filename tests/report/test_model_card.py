@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from moeprune.report.model_card import Origin, model_card
-from moeprune.report.results import Metrics, load_run
+from moeprune.report.results import Metrics, PartPrecision, load_run
 
 SETTINGS = {
     "model": {"path": "/data/models/dense"},
@@ -100,6 +100,82 @@ def test_what_it_needs_follows_from_the_quantizer(write_run, metrics, tmp_path):
     plain = load_run(write_run(tmp_path / "plain", quantizer="none")).metrics
     assert "bitsandbytes" in model_card(metrics, SETTINGS, Origin(), "1.0")
     assert "bitsandbytes" not in model_card(plain, SETTINGS, Origin(), "1.0")
+
+
+@pytest.mark.parametrize(("format_", "needed"), [("nf4 double", True), ("int8", True), ("gptq 4 bits", False)])
+def test_formats_of_our_own_need_no_library(metrics, format_, needed):
+    rows = tuple(replace(row, format=format_) for row in metrics.final.precision)
+    final = replace(metrics.final, precision=rows)
+    card = model_card(replace(metrics, variants=(metrics.dense, final)), SETTINGS, Origin(), "1.0")
+    assert ("bitsandbytes" in card) is needed
+
+
+@pytest.fixture
+def recovered(write_run, tmp_path) -> Metrics:
+    found = load_run(write_run(tmp_path / "recovered", recovery="dora", training_data="alpaca")).metrics
+    assert found is not None
+    return found
+
+
+RECOVERY = {
+    "recovery": {
+        "name": "dora",
+        "weights": {"_target_": "x.Adapters", "rank": 32, "alpha": 192},
+        "data": {"path": "twice/told"},
+        "merge": True,
+    },
+    "training_data": {
+        "records": {"path": "tatsu-lab/alpaca", "files": {"more": "/home/someone/secret.json"}},
+        "template": {"prompts": ["Below is an instruction.\n\n### Instruction:\n{instruction}" + 40 * " and so on"]},
+    },
+}
+
+
+def test_the_recovery_is_told(recovered):
+    card = model_card(recovered, SETTINGS | RECOVERY, Origin(), "1.0")
+    found = rows(card)
+    assert found["recovery"] == ["dora", "weights.rank=32, weights.alpha=192, merge=true"]
+    assert found["training data"][0] == "alpaca"
+    assert found["training data"][1].startswith("records.path=tatsu-lab/alpaca, records.files.more=secret.json, ")
+    assert found["training data"][1].endswith("...]")
+    assert found["order"] == ["prune > recover > quantize", ""]
+    assert found["training tokens"] == ["200,000 that count in the loss"]
+    assert found["adapters"] == ["none: what trained is in the weights"]
+    assert "twice/told" not in card and "home" not in card
+    assert "peft" not in card
+    assert "on `alpaca`" in card
+
+
+def test_adapters_beside_the_weights_are_loaded(recovered):
+    kept = replace(recovered, recovery_details=replace(recovered.recovery_details, merged=False))
+    card = model_card(kept, SETTINGS | RECOVERY, Origin(), "1.0")
+    assert "bitsandbytes peft\n" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    compile(code, "card", "exec")
+    assert 'from_pretrained(model, folder, adapter_name="experts", subfolder="adapters/experts")' in code
+    assert 'model.load_adapter(folder, adapter_name="routers", subfolder="adapters/routers")' in code
+    assert 'set_adapter(["experts", "routers"])' in code
+
+
+def test_what_is_in_how_many_bits_is_told(metrics):
+    found = rows(model_card(metrics, SETTINGS, Origin(), "1.0"))
+    assert found["routed experts"] == ["nf4", "2.06M", "4", "4.400", "1.14 MB (1.08 MiB)"]
+    assert found["embeddings"][:3] == ["bf16", "0.52M", "16"]
+    assert found["size, in memory"] == ["17.20 MB (16.40 MiB)", "2.58 MB (2.46 MiB)"]
+
+
+def test_a_few_bytes_are_told_as_such(metrics):
+    rows_of = (*metrics.final.precision, PartPrecision("other", "bf16", 16, 16.0, 0, 1984, 3968))
+    final = replace(metrics.final, precision=rows_of)
+    card = model_card(replace(metrics, variants=(metrics.dense, final)), SETTINGS, Origin(), "1.0")
+    assert rows(card)["other"] == ["bf16", "1,984", "16", "16.000", "3,968 bytes"]
+
+
+def test_a_run_from_before_has_no_such_sections(metrics):
+    older = replace(metrics, variants=(metrics.dense, replace(metrics.final, precision=())))
+    card = model_card(older, SETTINGS, Origin(), "1.0")
+    assert "how many bits" not in card and "Training after" not in card
+    assert "bitsandbytes" in card
 
 
 def test_the_python_of_the_card_compiles(metrics):

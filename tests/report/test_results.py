@@ -31,6 +31,23 @@ def test_a_run_from_before_there_was_surgery_had_none(tmp_path, write_run):
     assert load_run(run_dir).metrics.surgery == "none"
 
 
+def test_what_later_versions_wrote_down_may_lack(tmp_path, write_run):
+    run_dir = write_run(tmp_path / "0", recovery="dora")
+    metrics = load_run(run_dir).metrics
+    assert metrics.order == "prune > recover > quantize"
+    assert metrics.final.bytes.in_memory == 2_580_000
+    assert [row.part for row in metrics.final.precision] == ["routed experts", "embeddings"]
+    assert metrics.recovery_details.learning_rates == {"experts": 1e-4, "routers": 1e-6}
+    raw = json.loads((run_dir / "metrics.json").read_text())
+    del raw["order"], raw["recovery_details"]
+    for variant in raw["variants"]:
+        del variant["precision"], variant["bytes"]["in_memory"]
+    (run_dir / "metrics.json").write_text(json.dumps(raw))
+    older = load_run(run_dir).metrics
+    assert (older.order, older.recovery_details) == ("prune > recover > quantize", None)
+    assert (older.final.precision, older.final.bytes.in_memory) == ((), None)
+
+
 def test_a_failed_run_keeps_status_and_error(tmp_path, write_run):
     run = load_run(write_run(tmp_path / "0", error=("BudgetError", "too much"), overrides=("ratio=0.99",)))
     assert (run.status, run.metrics) == ("failed", None)
@@ -48,7 +65,7 @@ def test_metrics_of_an_earlier_try_are_not_results(tmp_path, write_run):
 def test_entries_of_later_versions_are_passed_over(tmp_path, write_run):
     run_dir = write_run(tmp_path / "0")
     metrics = json.loads((run_dir / "metrics.json").read_text())
-    metrics["variants"][0]["bytes"]["in_memory"] = 1
+    metrics["variants"][0]["bytes"]["on_tape"] = 1
     metrics["stages"][0]["shape"] = [2, 3]
     metrics["variants"][-1]["mean_perplexity"] = math.inf
     (run_dir / "metrics.json").write_text(json.dumps(metrics))

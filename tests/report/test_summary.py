@@ -1,115 +1,19 @@
-"""The takeaway of a sweep, and the reports as files."""
+"""The reports as files."""
 
 import csv
 import io
 import json
-import math
+from itertools import product
 
 import pytest
 from rich.console import Console
 
-from moeprune.report.results import load_sweep
-from moeprune.report.summary import takeaway, write_run_report, write_sweep_report
-from moeprune.report.sweep_table import sweep_table
+from moeprune.report.summary import write_run_report, write_sweep_report
 
 
 @pytest.fixture
 def console():
     return Console(file=io.StringIO(), width=120)
-
-
-@pytest.mark.parametrize("winner", ["moe_slimming", "reap", "random"])
-def test_the_takeaway_follows_the_numbers(tmp_path, write_run, winner):
-    number = 0
-    for ratio in (0.25, 0.5):
-        for method in ("moe_slimming", "reap", "random"):
-            write_run(
-                tmp_path / str(number), harm=1.0 if method == winner else 2.0 + number, method=method, ratio=ratio
-            )
-            number += 1
-    at_a_quarter, text = takeaway(load_sweep(tmp_path)).splitlines()
-    assert at_a_quarter.startswith(f"tiny_qwen3_moe at ratio 0.25 with quantizer nf4: {winner} (run ")
-    assert text.startswith(f"tiny_qwen3_moe at ratio 0.5 with quantizer nf4: {winner} (run ")
-    assert "has the lowest mean perplexity of 3 runs, 32.50 (1.300 times dense)" in text
-    assert "takes 1.42 MB with overhead against 8.60 MB dense (6.06 times smaller)" in text
-
-
-def test_the_takeaway_compares_at_every_setting_on_its_own(tmp_path, write_run):
-    write_run(tmp_path / "0", method="reap", ratio=0.25)
-    write_run(tmp_path / "1", method="random", ratio=0.25, harm=2.0)
-    write_run(tmp_path / "2", method="reap", ratio=0.75)
-    quarter, three_quarters = takeaway(load_sweep(tmp_path)).splitlines()
-    assert three_quarters.startswith("tiny_qwen3_moe at ratio 0.75 with quantizer nf4: reap (run 2) is the only run")
-    assert quarter == (
-        "tiny_qwen3_moe at ratio 0.25 with quantizer nf4: reap (run 0) has the lowest mean perplexity of 2 runs, 27.62 "
-        "(1.105 times dense); random (run 1) follows with 29.25 (5.9% higher). "
-        "reap (run 0) takes 1.89 MB with overhead against 8.60 MB dense (4.55 times smaller)."
-    )
-
-
-def test_of_many_rivals_the_best_three_are_named(tmp_path, write_run):
-    for number in range(8):
-        write_run(tmp_path / str(number), method=f"method_{number}", harm=8.0 - number)
-    (text,) = takeaway(load_sweep(tmp_path)).splitlines()
-    assert "method_7 (run 7) has the lowest mean perplexity of 8 runs, 32.50 (1.300 times dense)" in text
-    assert (
-        "method_6 (run 6) follows with 39.00 (20.0% higher), then method_5 (run 5) with 45.50 (40.0% higher), " in text
-    )
-    assert "and method_0 (run 0) is last" in text
-
-
-def test_a_run_that_removes_no_channels_competes_with_none(tmp_path, write_run):
-    write_run(tmp_path / "0", method="reap")
-    write_run(tmp_path / "1", method="random", harm=2.0)
-    write_run(tmp_path / "2", method="wanda_unstructured", harm=0.1, removes=False)
-    compared, left_out = takeaway(load_sweep(tmp_path)).splitlines()
-    assert "reap (run 0) has the lowest mean perplexity of 2 runs" in compared
-    assert left_out == (
-        "Not compared, for they remove no channels and are as large as dense: wanda_unstructured (run 2)."
-    )
-    column = next(column for column in sweep_table(load_sweep(tmp_path)).columns if "mean" in column.head)
-    assert [cell.best for cell in column.cells] == [False, True, False, False]
-
-
-def test_the_takeaway_of_one_run_claims_no_rank(tmp_path, write_run):
-    write_run(tmp_path / "0", method=None, quantizer="none")
-    assert takeaway(load_sweep(tmp_path)) == (
-        "tiny_qwen3_moe at ratio 0.5 without quantizer: attribution + coverage (run 0) is the only run, with mean "
-        "perplexity 31.25 (1.250 times dense). attribution + coverage (run 0) takes 5.68 MB with overhead against "
-        "8.60 MB dense (1.52 times smaller)."
-    )
-
-
-def test_the_takeaway_tells_ties_infinities_and_unfinished_runs(tmp_path, write_run):
-    for number, method in enumerate(("reap", "random", "frequency")):
-        write_run(tmp_path / str(number), method=method)
-    write_run(tmp_path / "3", error=("BudgetError", "too much"))
-    assert "all 3 runs have the same mean perplexity, 32.50" in takeaway(load_sweep(tmp_path))
-    metrics = json.loads((tmp_path / "2" / "metrics.json").read_text())
-    metrics["variants"][-1]["mean_perplexity"] = math.nan
-    (tmp_path / "2" / "metrics.json").write_text(json.dumps(metrics))
-    text = takeaway(load_sweep(tmp_path))
-    assert "reap (run 0) and random (run 1) share the lowest mean perplexity of 3 runs, 32.50" in text
-    assert "frequency (run 2) follows with one that is not finite" in text
-    assert text.endswith("Not compared, for want of results: run 3 (failed).")
-
-
-def test_what_varies_beside_the_method_is_named(tmp_path, write_run):
-    write_run(tmp_path / "0", scorer="wanda", recovery="none")
-    write_run(tmp_path / "1", scorer="attribution", recovery="dora", harm=2.0)
-    text = takeaway(load_sweep(tmp_path))
-    assert "moe_slimming (wanda + coverage), recovery none (run 0) has the lowest" in text
-    assert "moe_slimming (attribution + coverage), recovery dora (run 1) follows" in text
-
-
-def test_surgery_is_part_of_what_a_method_bundles(tmp_path, write_run):
-    write_run(tmp_path / "0", method=None, scorer="reap", surgery="refit")
-    write_run(tmp_path / "1", method=None, scorer="reap", surgery="none", harm=2.0)
-    write_run(tmp_path / "2", method="mone", surgery="constant", harm=3.0)
-    text = takeaway(load_sweep(tmp_path))
-    assert "reap + coverage + refit (run 0) has the lowest" in text
-    assert "reap + coverage (run 1) follows" in text
-    assert "mone (run 2) is last" in text
 
 
 def test_the_sweep_report_writes_three_files_and_tells_where(tmp_path, write_run, console):
@@ -133,6 +37,16 @@ def test_the_sweep_report_writes_three_files_and_tells_where(tmp_path, write_run
     assert rows[-1]["error"] == "BudgetError: too much\nlower it"
 
 
+def test_the_csv_says_what_a_recovery_took(tmp_path, write_run, console):
+    write_run(tmp_path / "0")
+    write_run(tmp_path / "1", recovery="dora", quantizer="none")
+    write_sweep_report(tmp_path, console)
+    rows = list(csv.DictReader((tmp_path / "sweep.csv").open(newline="")))
+    assert [row["recovery.training_tokens"] for row in rows] == ["", "", "", "200000", "200000"]
+    assert float(rows[-1]["recovery.learning_rates.routers"]) == 1e-6
+    assert rows[-1]["order"] == "prune > recover > quantize"
+
+
 def test_the_report_of_a_large_sweep_tells_what_its_runs_shared(tmp_path, write_run, console):
     for number in range(7):
         write_run(tmp_path / str(number), method=f"method_{number}", scorer=f"scorer_{number}", harm=1.0 + number)
@@ -148,6 +62,23 @@ def test_the_report_of_a_large_sweep_tells_what_its_runs_shared(tmp_path, write_
     assert "Time of each run" not in shown
 
 
+def test_the_report_of_a_grid_has_its_tables_and_its_picture(tmp_path, write_run, console):
+    for number, (ratio, quantizer) in enumerate(product((0, 0.25, 0.5), ("none", "rtn8", "nf4"))):
+        write_run(tmp_path / str(number), ratio=ratio, quantizer=quantizer)
+    names = [path.name for path in write_sweep_report(tmp_path, console)]
+    pictures = ["perplexity_vs_bytes.png", "pareto.png", "pareto.svg"]
+    assert names == ["sweep.md", "sweep.csv", "grid.md", "grid.csv", *pictures]
+    heads = [line for line in (tmp_path / "grid.md").read_text().splitlines() if line.startswith("### ")]
+    assert heads == [
+        "### tiny_qwen3_moe, moe_slimming: mean perplexity by ratio and quantizer",
+        "### tiny_qwen3_moe, moe_slimming: MB with overhead by ratio and quantizer",
+        "### Best within a budget of bytes",
+    ]
+    text = (tmp_path / "sweep.md").read_text()
+    assert "9 runs are on the Pareto front" in text
+    assert "is the only run" not in text  # each place of a grid has one run
+
+
 def test_a_sweep_in_which_all_failed_is_still_reported(tmp_path, write_run, console):
     write_run(tmp_path / "0", error=("BudgetError", "too much"))
     written = write_sweep_report(tmp_path, console)
@@ -159,9 +90,21 @@ def test_the_run_report_writes_its_tables(tmp_path, write_run, console):
     run_dir = write_run(tmp_path / "0")
     assert write_run_report(run_dir, console) == [run_dir / "table.md"]
     text = (run_dir / "table.md").read_text()
-    for part in ("| pruned+nf4 |", "### Stages", "| evaluation/pruned  |"):
+    for part in ("| pruned+nf4 |", "### What is in how many bits", "### Stages", "| evaluation/pruned  |"):
         assert part in text
+    assert "### Recovery" not in text
     assert "pruned+nf4" in console.file.getvalue()
+
+
+def test_the_run_report_tells_what_the_recovery_did(tmp_path, write_run, made_up_loss_curve, console):
+    run_dir = write_run(tmp_path / "0", recovery="dora")
+    (run_dir / "loss_curve.jsonl").write_text("".join(f"{json.dumps(point)}\n" for point in made_up_loss_curve))
+    written = write_run_report(run_dir, console)
+    assert [path.name for path in written] == ["table.md", "loss_curve.png", "loss_curve.svg"]
+    text = (tmp_path / "0" / "table.md").read_text()
+    assert "### Recovery: tiny_qwen3_moe, dora" in text
+    assert "200,000 that count in the loss" in text
+    assert "order prune > recover > quantize" in text
 
 
 def test_the_run_report_draws_the_diagnostics(tmp_path, write_run, made_up_diagnostics, console):

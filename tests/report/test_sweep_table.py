@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from moeprune.report.results import load_sweep
+from moeprune.report.settings import run_labels
 from moeprune.report.sweep_table import methods_table, sweep_table
 from moeprune.report.tables import Table, markdown
 
@@ -97,3 +98,46 @@ def test_a_method_run_with_two_scorers_keeps_the_column(tmp_path, write_run):
     runs = load_sweep(tmp_path)
     assert texts(sweep_table(runs), "scorer") == ["-", "reap", "ean", "mone"]
     assert methods_table(runs) is None
+
+
+def test_what_recoveries_cost_has_columns_and_order_is_told_where_it_matters(tmp_path, write_run):
+    write_run(tmp_path / "0")
+    write_run(tmp_path / "1", recovery="dora")
+    write_run(tmp_path / "2", recovery="dora", order=["prune", "quantize", "recover"])
+    write_run(tmp_path / "3", error=("ValueError", "no"), overrides=("recovery=dora", "order=[prune,quantize,recover]"))
+    table = sweep_table(load_sweep(tmp_path))
+    assert texts(table, "recovery") == ["-", "none", "dora", "dora", "dora"]
+    usual, other = "prune > recover > quantize", "prune > quantize > recover"
+    assert texts(table, "order") == ["-", usual, usual, other, other]
+    assert texts(table, "training\ntokens") == ["-", "-", "200,000", "200,000", "-"]
+    assert texts(table, "recovery\nseconds") == ["-", "-", "400.0", "400.0", "-"]
+    assert texts(table, "trained\nparameters") == ["-", "-", "0.13M", "0.13M", "-"]
+
+
+def test_training_data_are_told_of_runs_that_were_trained(tmp_path, write_run):
+    write_run(tmp_path / "0")
+    write_run(tmp_path / "1", recovery="dora", training_data="alpaca")
+    table = sweep_table(load_sweep(tmp_path))
+    assert "training_data" not in [column.head for column in table.columns]
+    assert "training_data alpaca" in table.caption
+    write_run(tmp_path / "2", recovery="dora")
+    table = sweep_table(load_sweep(tmp_path))
+    assert texts(table, "training_data") == ["-", "-", "alpaca", "embedded"]
+    assert run_labels(load_sweep(tmp_path)) == [
+        "recovery none",
+        "recovery dora, training_data alpaca",
+        "recovery dora, training_data embedded",
+    ]
+
+
+def test_the_caption_says_the_order_only_where_stages_could_be_swapped(tmp_path, write_run):
+    write_run(tmp_path / "quantized" / "0")
+    write_run(tmp_path / "both" / "0", recovery="dora")
+    assert "order" not in sweep_table(load_sweep(tmp_path / "quantized")).caption
+    assert "order prune > recover > quantize" in sweep_table(load_sweep(tmp_path / "both")).caption
+
+
+def test_quantizers_are_not_rivals_of_each_other(tmp_path, write_run):
+    for number, (quantizer, harm) in enumerate([("none", 1.0), ("none", 2.0), ("nf4", 1.0), ("nf4", 2.0)]):
+        write_run(tmp_path / str(number), quantizer=quantizer, method=f"method_{harm}", harm=harm)
+    assert best(sweep_table(load_sweep(tmp_path)), "mean\nperplexity") == ["31.25", "32.50"]

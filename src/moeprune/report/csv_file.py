@@ -1,4 +1,4 @@
-"""Every number of a sweep, unrounded, one row per run and variant."""
+"""The numbers of a sweep, unrounded, one row per run and variant."""
 
 import csv
 from collections.abc import Iterator, Sequence
@@ -10,9 +10,8 @@ from moeprune.report.results import SETTINGS, Run, Variant
 
 
 def write_csv(runs: Sequence[Run], path: Path) -> None:
-    """Columns: run, status, error, overrides, settings, variant, then each number by its dotted name in metrics.json.
-
-    A run without results has one row.
+    """Columns: run, status, error, overrides, settings, what the recovery took, variant, then each number by its dotted
+    name in metrics.json, but for the table of precisions. A run without results has one row.
     """
     rows = [row for run in runs for row in _run_rows(run)]
     heads = list(dict.fromkeys(head for row in rows for head in row))
@@ -33,8 +32,10 @@ def _run_rows(run: Run) -> Iterator[dict[str, object]]:
         yield about
         return
     settings = {key: getattr(run.results, key) for key in SETTINGS}
+    details = run.results.recovery_details
+    recovery = dict(_flat("recovery", asdict(details))) if details else {}
     for variant in run.results.variants:
-        yield {**about, **settings, **_numbers(variant)}
+        yield {**about, **settings, **recovery, **_numbers(variant)}
 
 
 def _numbers(variant: Variant) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """What all figures share: colours, quiet axes, and files that appear whole."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -32,6 +33,23 @@ def quiet_axes(panel: Axes) -> None:
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(color="#EEEEEE", linewidth=0.8)
     panel.set_axisbelow(True)
+
+
+def set_log_scales(panel: Axes, xs: Sequence[float], ys: Sequence[float]) -> None:
+    """Logarithmic axes with plain numbers, and room for labels around the points."""
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xlim(_limits(xs, room=0.12))
+    panel.set_ylim(_limits(ys, room=0.16))
+    set_round_ticks(panel.xaxis, *panel.get_xlim())
+    set_round_ticks(panel.yaxis, *panel.get_ylim())
+    quiet_axes(panel)
+
+
+def _limits(values: Sequence[float], room: float) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    margin = max(high / low, 1.2) ** room
+    return low / margin, high * margin
 
 
 def set_round_ticks(axis: Axis, low: float, high: float) -> None:

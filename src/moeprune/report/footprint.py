@@ -32,8 +32,9 @@ class FootprintRow:
     """One model at one ratio in one precision; counts of parameters, and bytes.
 
     ``bits`` of a quantised weight, nominally; ``dense_bytes``: every parameter of the unpruned model in its storage
-    precision. ``cache`` is the KV cache of the batch, ``cache_per_token`` of one token of one sequence.
-    ``needed_bytes`` is what a GPU must hold: weights, KV cache and a margin.
+    precision. ``held_bytes``: the weights in memory, those not quantised in the precision of computation. ``cache`` is
+    the KV cache of the batch, ``cache_per_token`` of one token of one sequence. ``needed_bytes`` is what a GPU must
+    hold: weights, KV cache and a margin.
     """
 
     model: str
@@ -49,6 +50,7 @@ class FootprintRow:
     ideal_bytes: int
     stored_bytes: int
     file_bytes: int
+    held_bytes: int
     largest_layer_bytes: int
     cache_per_token: int
     cache_bytes: int
@@ -96,6 +98,7 @@ def footprint_table(rows: Sequence[FootprintRow], captions: Mapping[str, str]) -
         column("stored\nGiB", "size", [f"{row.stored_bytes / GIBIBYTE:.2f}" for row in rows]),
         sizes("files", "size", [row.file_bytes for row in rows]),
         column("published", "size", [row.published or MISSING for row in rows]),
+        sizes("in memory", "memory", [row.held_bytes for row in rows]),
         sizes("largest\nlayer", "memory", [row.largest_layer_bytes for row in rows]),
         sizes("KV cache", "memory", [row.cache_bytes for row in rows]),
         column("needed\nGiB", "memory", [f"{row.needed_bytes / GIBIBYTE:.1f}" for row in rows]),

@@ -26,8 +26,16 @@ def accuracy_text(score: TaskScore | None) -> str:
     return MISSING if score is None else f"{100 * score.accuracy:.1f} ± {100 * score.stderr:.1f}"
 
 
+def rate_text(rate: float) -> str:
+    """A learning rate, as people write it: ``1e-4``, ``2.5e-6``."""
+    digits, _, exponent = f"{rate:.2e}".partition("e")
+    return f"{float(digits):g}e{int(exponent)}" if rate else "0"
+
+
 def parameter_text(count: int) -> str:
-    """Millions (M, 1e6) or billions (B, 1e9)."""
+    """Millions (M, 1e6) or billions (B, 1e9); small counts whole."""
+    if count < 10**5:
+        return f"{count:,}"
     return f"{count / 10**9:.2f}B" if count >= 10**9 else f"{count / 10**6:.2f}M"
 
 

@@ -1,4 +1,4 @@
-"""Many methods at one size, told apart: perplexity beside dense, one line per run, best first."""
+"""Methods or recoveries at one size, told apart: perplexity beside dense, one line per run, best first."""
 
 import math
 from collections.abc import Sequence
@@ -23,18 +23,26 @@ from moeprune.report.formats import ratio_text
 from moeprune.report.results import Metrics, Run
 from moeprune.report.settings import run_labels
 
-FEW_RUNS = 6
+FEW_RUNS, FEW_RECOVERIES = 6, 2
 PANELS_PER_ROW = 2
 LINE_HEIGHT, HEAD_HEIGHT = 0.24, 1.1
 
 
 @dataclass(frozen=True)
 class Line:
-    """One run: its name, its mean perplexity as a multiple of the dense model's, and whether it is a reference only."""
+    """One run: its name, its mean perplexity as a multiple of the dense model's, whether it is a reference only, and
+    the seconds of its recovery, where it has one."""
 
     name: str
     to_dense: float
     is_reference: bool
+    recovery_seconds: float | None
+
+    @property
+    def text(self) -> str:
+        """What stands beside the dot."""
+        number = ratio_text(self.to_dense) if self.is_drawn else "not finite"
+        return number if self.recovery_seconds is None else f"{number}  ({self.recovery_seconds:,.0f} s)"
 
     @property
     def is_drawn(self) -> bool:
@@ -42,13 +50,19 @@ class Line:
 
 
 def crowded_sizes(runs: Sequence[Run]) -> dict[str, list[Line]]:
-    """The models, ratios and quantizers with more than six finished runs, and these runs, best first."""
+    """The models, ratios and quantizers with more than six finished runs, or with three and more of which some were
+    recovered; and these runs, best first."""
     finished = [run for run in runs if run.results]
     sizes: dict[str, list[Line]] = {}
     for run, label in zip(finished, run_labels(finished), strict=True):
         if run.results:
             sizes.setdefault(_size(run.results), []).append(_line(label, run.results))
-    return {size: sorted(lines, key=_rank) for size, lines in sizes.items() if len(lines) > FEW_RUNS}
+    return {size: sorted(lines, key=_rank) for size, lines in sizes.items() if _is_crowded(lines)}
+
+
+def _is_crowded(lines: Sequence[Line]) -> bool:
+    recovered = any(line.recovery_seconds is not None for line in lines)
+    return len(lines) > (FEW_RECOVERIES if recovered else FEW_RUNS)
 
 
 def plot_methods(runs: Sequence[Run], path: Path) -> None:
@@ -70,7 +84,9 @@ def methods_figure(runs: Sequence[Run]) -> Figure:
         _draw_panel(panel, size, lines)
     for panel in panels[len(sizes) :]:
         panel.set_axis_off()
-    figure.suptitle("Methods by perplexity", fontsize=13, fontweight="bold")
+    recovered = any(line.recovery_seconds is not None for lines in sizes.values() for line in lines)
+    title = "Recoveries by perplexity (seconds of training)" if recovered else "Methods by perplexity"
+    figure.suptitle(title, fontsize=13, fontweight="bold")
     return figure
 
 
@@ -93,7 +109,7 @@ def _draw_panel(panel: Axes, size: str, lines: Sequence[Line]) -> None:
             fill = "white" if line.is_reference else colour
             panel.plot(end, place, "o", color=colour, markerfacecolor=fill, markersize=6, zorder=3)
         panel.annotate(
-            ratio_text(end) if line.is_drawn else "not finite", (max(1, end), place), (7, 0),
+            line.text, (max(1, end), place), (7, 0),
             textcoords="offset points", va="center", fontsize=8.5, color=TEXT_COLOUR,
         )  # fmt: skip
     panel.set_yticks(range(len(lines)), [line.name for line in lines], fontsize=9)
@@ -110,7 +126,8 @@ def _size(metrics: Metrics) -> str:
 def _line(label: str, metrics: Metrics) -> Line:
     to_dense = metrics.final.mean_perplexity / metrics.dense.mean_perplexity
     name = f"{label} (removes no channels)" if metrics.is_reference else label
-    return Line(name, to_dense, metrics.is_reference)
+    details = metrics.recovery_details
+    return Line(name, to_dense, metrics.is_reference, details.seconds if details else None)
 
 
 def _rank(line: Line) -> float:

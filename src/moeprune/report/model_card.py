@@ -8,9 +8,13 @@ from typing import Any
 
 from moeprune.report.formats import MEGABYTE, MISSING, accuracy_text, byte_unit, parameter_text, perplexity_text
 from moeprune.report.results import Metrics, Variant
-from moeprune.report.run_tables import BYTES_MEANING, RATIO_MEANING, names_in
+from moeprune.report.run_tables import BYTE_KINDS, BYTES_MEANING, RATIO_MEANING, names_in, recovery_facts
 
-GROUPS = ("calibration", "scorer", "allocator", "surgery", "recovery", "quantizer")
+GROUPS = ("calibration", "scorer", "allocator", "surgery", "recovery", "training_data", "quantizer")
+ROWS_OF_THEIR_OWN = ("data",)  # of a recovery
+LONGEST_VALUE = 60
+LEAST_IN_MEGABYTES = 10_000
+BITSANDBYTES_FORMATS = {"nf4", "int8"}
 BINARY_UNITS = {"MB": (2**20, "MiB"), "GB": (2**30, "GiB")}
 
 Row = Sequence[str]
@@ -40,6 +44,8 @@ def model_card(metrics: Metrics, settings: Mapping[str, Any], origin: Origin, ve
         "## Measured beside the dense model",
         _table(("", "dense", "this model"), _measured(metrics.dense, metrics.final)),
         _captions(metrics),
+        *_precision(metrics),
+        *_recovery(metrics),
         "## How it was made",
         _table(("", "choice", "settings"), _made(metrics, settings, origin)),
         "## Limits",
@@ -86,9 +92,10 @@ def _summary(metrics: Metrics, origin: Origin, version: str) -> str:
 
 
 def _use(metrics: Metrics) -> str:
+    adapters = _adapters(metrics)
     needs = "torch 'transformers>=5.23' safetensors"
-    if metrics.quantizer != "none":
-        needs += " accelerate bitsandbytes"
+    needs += " accelerate bitsandbytes" if _needs_bitsandbytes(metrics) else ""
+    needs += " peft" if adapters else ""
     return f"""    pip install {needs}
 
 ```python
@@ -97,12 +104,39 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "."  # this folder, or the name it was uploaded under
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-inputs = tokenizer("Once upon a time", return_tensors="pt")
+{_with_adapters(adapters)}inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```
 
 `trust_remote_code=True` runs the Python files of this folder: a few hundred lines, which define experts of differing
-widths. moeprune itself is not needed."""
+widths{" and weights of few bits" if metrics.quantizer != "none" else ""}. moeprune itself is not needed."""
+
+
+def _adapters(metrics: Metrics) -> Sequence[str]:
+    """The names of the adapters that lie beside the weights; their groups of parameters go by these names."""
+    details = metrics.recovery_details
+    return list(details.learning_rates) if details is not None and details.merged is False else []
+
+
+def _with_adapters(names: Sequence[str]) -> str:
+    """Python that puts all of them on the model."""
+    if not names:
+        return ""
+    first, *others = (f'folder, adapter_name="{name}", subfolder="adapters/{name}"' for name in names)
+    lines = [
+        "from peft import PeftModel  # what was trained lies beside the weights, as adapters",
+        "",
+        f"model = PeftModel.from_pretrained(model, {first})",
+        *(f"model.load_adapter({other})" for other in others),
+        f"model.base_model.set_adapter({json.dumps(list(names))})",
+    ]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _needs_bitsandbytes(metrics: Metrics) -> bool:
+    """By what the weights are stored in; by the quantizer, where the run did not write that down."""
+    words = {word for row in metrics.final.precision for word in row.format.split()}
+    return bool(words & BITSANDBYTES_FORMATS) if words else metrics.quantizer != "none"
 
 
 def _measured(dense: Variant, final: Variant) -> Iterator[Row]:
@@ -116,7 +150,7 @@ def _measured(dense: Variant, final: Variant) -> Iterator[Row]:
     for part in ("total", "routed", "active"):
         counts = (parameter_text(getattr(variant.parameters, part)) for variant in (dense, final))
         yield f"parameters, {part}", *counts
-    for kind in ("ideal", "with_overhead", "on_disk"):
+    for kind in BYTE_KINDS:
         sizes = (getattr(variant.bytes, kind) for variant in (dense, final))
         yield f"size, {kind.replace('_', ' ')}", *(_size(size) for size in sizes)
 
@@ -124,6 +158,8 @@ def _measured(dense: Variant, final: Variant) -> Iterator[Row]:
 def _size(count: int | None) -> str:
     if count is None:
         return MISSING
+    if count < LEAST_IN_MEGABYTES:
+        return f"{count:,} bytes"
     decimal, unit = byte_unit([max(count, MEGABYTE)])
     binary, binary_unit = BINARY_UNITS[unit]
     return f"{count / decimal:.2f} {unit} ({count / binary:.2f} {binary_unit})"
@@ -141,6 +177,35 @@ def _captions(metrics: Metrics) -> str:
     )
 
 
+def _precision(metrics: Metrics) -> Iterator[str]:
+    """What is stored in how many bits; nothing where the run did not write it down."""
+    rows = metrics.final.precision
+    if rows:
+        yield "## What is in how many bits"
+        head = ("part", "format", "parameters", "bits per weight", "with scales", "size")
+        yield _table(
+            head,
+            (
+                (
+                    row.part,
+                    row.format,
+                    parameter_text(row.parameters),
+                    f"{row.bits:g}",
+                    f"{row.bits_with_overhead:.3f}",
+                    _size(row.bytes),
+                )
+                for row in rows
+            ),
+        )
+
+
+def _recovery(metrics: Metrics) -> Iterator[str]:
+    """What the recovery did; nothing where there was none."""
+    if metrics.recovery_details is not None:
+        yield "## Training after pruning"
+        yield _table(("", metrics.recovery), iter(recovery_facts(metrics, metrics.recovery_details).items()))
+
+
 def _made(metrics: Metrics, settings: Mapping[str, Any], origin: Origin) -> Iterator[Row]:
     revision = f"revision {origin.revision}" if origin.revision else ""
     yield "model", origin.hub_name or _short_name(metrics), revision
@@ -148,7 +213,12 @@ def _made(metrics: Metrics, settings: Mapping[str, Any], origin: Origin) -> Iter
         yield "method", metrics.method, ""
     yield "ratio", f"{metrics.ratio:g}", f"{RATIO_MEANING}; {metrics.plan.removed_ratio:.4f} after rounding"
     for group in GROUPS:
-        yield group, getattr(metrics, group), ", ".join(_plain_settings(settings.get(group) or {}))
+        if getattr(metrics, group) is not None:
+            chosen = settings.get(group) or {}
+            own = {name: value for name, value in chosen.items() if name not in ROWS_OF_THEIR_OWN}
+            yield group.replace("_", " "), getattr(metrics, group), ", ".join(_plain_settings(own))
+    if metrics.order_matters:
+        yield "order", metrics.order, ""
     yield "seed", str(metrics.seed), ""
 
 
@@ -165,7 +235,8 @@ def _plain_settings(settings: Mapping[str, Any], within: str = "") -> Iterator[s
 
 def _plain(value: object) -> str:
     if isinstance(value, str):
-        return PurePath(value).name if value.startswith(("/", "~", ".")) else value
+        text = PurePath(value).name if value.startswith(("/", "~", ".")) else " ".join(value.split())
+        return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_plain(each) for each in value) + "]"
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -184,6 +255,13 @@ def _limits(metrics: Metrics, origin: Origin) -> Iterator[str]:
         yield "Quantised weights take less memory; on a CPU they are not faster, for they are unpacked before each use."
     if metrics.recovery == "none":
         yield "It was not trained after pruning."
+    else:
+        data = (
+            f", on `{metrics.training_data}`; the licence of these data may bind it too"
+            if metrics.training_data
+            else ""
+        )
+        yield f"It was trained after pruning{data}."
     licence = f"({origin.licence}) " if origin.licence else ""
     yield f"The licence {licence}and the limits of the dense model hold for this one too."
 

@@ -17,24 +17,20 @@ from moeprune.report.figures import (
     COLOURS,
     DENSE_COLOUR,
     DENSE_LINE_COLOUR,
-    DOTS_PER_INCH,
     JOIN_COLOUR,
-    TEXT_COLOUR,
     empty_figure,
-    quiet_axes,
-    set_round_ticks,
+    set_log_scales,
     write_figure,
 )
 from moeprune.report.formats import byte_unit, byte_unit_note
-from moeprune.report.labels import Box, Label, Point, place_labels
+from moeprune.report.labels import Point
+from moeprune.report.point_labels import Group, write_labels
 from moeprune.report.results import Metrics, Run, Variant
 from moeprune.report.settings import run_labels
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-LEADER_COLOUR = "#777777"
 DASHES = (0, (5, 4))
-MARKER_SIZE, LABEL_SIZE = 7.5, 8.5
-LEADER_FROM = 12.0
+MARKER_SIZE = 7.5
 PANELS_PER_ROW = 3
 
 
@@ -44,14 +40,6 @@ class Style:
 
     colour: str
     marker: str
-
-
-@dataclass(frozen=True)
-class Group:
-    """Points under one label: the runs of one ratio and quantizer, or the dense model."""
-
-    text: str
-    points: Sequence[Point]
 
 
 def plot_perplexity_against_bytes(runs: Sequence[Run], path: Path) -> None:
@@ -88,7 +76,8 @@ def perplexity_figure(runs: Sequence[Run]) -> Figure:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for panel, groups in groups_of.items():
-        _write_labels(panel, groups)
+        dense_height = groups[0].points[0][1]
+        write_labels(panel, groups, lines=[[(edge, dense_height) for edge in panel.get_xlim()]])
     return figure
 
 
@@ -109,7 +98,7 @@ def _draw_panel(panel: Axes, model: str, styled: Sequence[tuple[Metrics, Style]]
         upwards = sorted(points, key=lambda point: point[1])
         panel.plot(*zip(*upwards, strict=True), color=JOIN_COLOUR, linewidth=1.2, zorder=2)
     groups = [Group("dense", [dense_point]), *(Group(text, points) for text, points in points_of.items())]
-    _set_scales(panel, [point for group in groups for point in group.points])
+    set_log_scales(panel, *zip(*(point for group in groups for point in group.points), strict=True))
     panel.set_title(model, fontsize=11)
     left_out = len(styled) - sum(len(points) for points in points_of.values())
     note = f"\n{left_out} not drawn: perplexity not finite" if left_out else ""
@@ -134,23 +123,6 @@ def _marker(style: Style) -> dict[str, Any]:
     return {"marker": style.marker, "markersize": MARKER_SIZE, "linestyle": "", **edge, **face}
 
 
-def _set_scales(panel: Axes, points: Sequence[Point]) -> None:
-    """Logarithmic axes with plain numbers, and room for labels around the points."""
-    panel.set_xscale("log")
-    panel.set_yscale("log")
-    panel.set_xlim(_limits([x for x, _ in points], room=0.12))
-    panel.set_ylim(_limits([y for _, y in points], room=0.16))
-    set_round_ticks(panel.xaxis, *panel.get_xlim())
-    set_round_ticks(panel.yaxis, *panel.get_ylim())
-    quiet_axes(panel)
-
-
-def _limits(values: Sequence[float], room: float) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    margin = max(high / low, 1.2) ** room
-    return low / margin, high * margin
-
-
 def _draw_legend(figure: Figure, styles: dict[str, Style], columns: int) -> None:
     methods = [Line2D([], [], label=name, **_marker(style)) for name, style in styles.items()]
     dense = Line2D([], [], label="dense", marker="*", markersize=12, color=DENSE_COLOUR, linestyle="")
@@ -164,29 +136,3 @@ def _draw_legend(figure: Figure, styles: dict[str, Style], columns: int) -> None
         title="Labels: routed-expert channels removed, and quantizer. Both axes are logarithmic.",
         title_fontsize=9,
     )
-
-
-def _write_labels(panel: Axes, groups: Sequence[Group]) -> None:
-    """Write each group's text where it covers no point and no other text; a thin line leads to a distant point."""
-    pixels = DOTS_PER_INCH / 72
-    texts = [
-        panel.text(0, 0, group.text, ha="center", va="center", fontsize=LABEL_SIZE, color=TEXT_COLOUR)
-        for group in groups
-    ]
-    labels = []
-    for text, group in zip(texts, groups, strict=True):
-        text.set_transform(panel.transAxes)
-        extent = text.get_window_extent()
-        points = [tuple(panel.transData.transform(point) / pixels) for point in group.points]
-        labels.append(Label(extent.width / pixels, extent.height / pixels, points))
-    left, bottom, right, top = (edge / pixels for edge in panel.get_window_extent().extents)
-    dense_height = labels[0].points[0][1]
-    dense_line = Box(left, dense_height - 1, right, dense_height + 1)
-    for text, place in zip(texts, place_labels(labels, [dense_line], Box(left, bottom, right, top)), strict=True):
-        ends = [place.box.centre, place.box.nearest(place.point), place.point]
-        centre, start, end = panel.transAxes.inverted().transform([(x * pixels, y * pixels) for x, y in ends])
-        text.set_position(centre)
-        if math.dist(place.box.nearest(place.point), place.point) > LEADER_FROM:
-            panel.plot(
-                *zip(start, end, strict=True), transform=panel.transAxes, color=LEADER_COLOUR, linewidth=0.7, zorder=2
-            )

@@ -4,17 +4,19 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from moeprune.errors import InputError
 
 SETTINGS = (
-    "model", "method", "scorer", "allocator", "surgery", "ratio", "quantizer", "recovery", "calibration", "seed",
+    "model", "method", "scorer", "allocator", "surgery", "ratio", "quantizer", "recovery", "training_data", "order",
+    "calibration", "seed",
 )  # fmt: skip
 # What runs did that were made before there was a choice.
-BEFORE_THE_CHOICE = {"surgery": "none"}
+BEFORE_THE_CHOICE = {"surgery": "none", "training_data": None, "order": ("prune", "recover", "quantize")}
+ORDER_SEPARATOR = " > "
 Entry = TypeVar("Entry")
 
 
@@ -38,16 +40,54 @@ class ParameterCounts:
 
 @dataclass(frozen=True)
 class ByteCounts:
-    """Parameters times ideal bits; with scales and unquantised tensors; files as written (None where none were)."""
+    """Parameters times ideal bits; with scales and unquantised tensors; files as written (None where none were); the
+    weights as they lie in memory while the model runs (None in metrics of before it was counted)."""
 
     ideal: int
     with_overhead: int
     on_disk: int | None
+    in_memory: int | None = None
+
+
+@dataclass(frozen=True)
+class PartPrecision:
+    """How one part of a model is stored: ``bits`` of a weight nominally, and with all scales and code books."""
+
+    part: str
+    format: str
+    bits: float
+    bits_with_overhead: float
+    matrices: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class RecoveryDetails:
+    """What a recovery cost and how it ended; each group of parameters that trained has its highest learning rate.
+
+    ``merged``: whether nothing is left beside the weights. What storing the result moved the logits by:
+    ``stored_difference``, the root mean square relative to their size, and ``stored_max_difference``, at most. A
+    recovery of a user's own may leave these out.
+    """
+
+    training_tokens: int
+    steps: int
+    seconds: float
+    trained_parameters: int
+    learning_rates: Mapping[str, float]
+    final_loss: float | None = None
+    merged: bool | None = None
+    stored_difference: float | None = None
+    stored_max_difference: float | None = None
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One measured model of a run: dense, pruned, or pruned and quantised; mappings go by text or task name."""
+    """One measured model of a run: dense, pruned, recovered, quantised; mappings go by text or task name.
+
+    ``precision`` is empty in metrics of before it was written down.
+    """
 
     name: str
     perplexity: Mapping[str, float]
@@ -56,6 +96,7 @@ class Variant:
     tasks: Mapping[str, TaskScore]
     parameters: ParameterCounts
     bytes: ByteCounts
+    precision: tuple[PartPrecision, ...]
 
 
 @dataclass(frozen=True)
@@ -82,7 +123,11 @@ class PlanSummary:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Everything a run measured, with the choices that made it; ``ratio`` = routed-expert channels removed."""
+    """Everything a run measured, with the choices that made it; ``ratio`` = routed-expert channels removed.
+
+    ``order`` names the stages as they were run, as in "prune > recover > quantize"; ``training_data`` is None for a run
+    without recovery.
+    """
 
     model: str
     method: str | None
@@ -92,11 +137,14 @@ class Metrics:
     ratio: float
     quantizer: str
     recovery: str
+    training_data: str | None
+    order: str
     calibration: str
     seed: int
     variants: tuple[Variant, ...]
     stages: tuple[StageRecord, ...]
     plan: PlanSummary
+    recovery_details: RecoveryDetails | None
 
     @property
     def dense(self) -> Variant:
@@ -105,6 +153,11 @@ class Metrics:
     @property
     def final(self) -> Variant:
         return self.variants[-1]
+
+    @property
+    def order_matters(self) -> bool:
+        """Whether the run had stages that could have been run in another order."""
+        return self.recovery != "none" and self.quantizer != "none"
 
     @property
     def is_reference(self) -> bool:
@@ -195,15 +248,19 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _metrics(written: dict[str, Any]) -> Metrics:
     raw = {**BEFORE_THE_CHOICE, **written}
+    raw["order"] = ORDER_SEPARATOR.join(raw["order"])
+    if raw.get("recovery") == "none":
+        raw["training_data"] = None
     variants = tuple(_variant(variant) for variant in raw["variants"])
     if not any(variant.name == "dense" for variant in variants):
         raise KeyError("a variant named dense")
-    plan = raw["plan"]
+    plan, details = raw["plan"], raw.get("recovery_details")
     return Metrics(
         **{setting: raw[setting] for setting in SETTINGS},
         variants=variants,
         stages=tuple(_entry(StageRecord, stage) for stage in raw["stages"]),
         plan=_entry(PlanSummary, {**plan, "live_experts": tuple(plan["live_experts"])}),
+        recovery_details=_entry(RecoveryDetails, details) if details else None,
     )
 
 
@@ -216,9 +273,11 @@ def _variant(raw: dict[str, Any]) -> Variant:
         tasks={task: _entry(TaskScore, score) for task, score in raw["tasks"].items()},
         parameters=_entry(ParameterCounts, raw["parameters"]),
         bytes=_entry(ByteCounts, raw["bytes"]),
+        precision=tuple(_entry(PartPrecision, row) for row in raw.get("precision", ())),
     )
 
 
 def _entry(kind: type[Entry], raw: dict[str, Any]) -> Entry:
-    """The entries that ``kind`` names; those that a later version added are not read."""
-    return kind(**{field.name: raw[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+    """The entries that ``kind`` names; those that a later version added are not read, those with a default may lack."""
+    wanted = [field.name for field in fields(kind) if field.default is MISSING or field.name in raw]  # type: ignore[arg-type]
+    return kind(**{name: raw[name] for name in wanted})

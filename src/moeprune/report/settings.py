@@ -2,21 +2,27 @@
 
 from collections.abc import Sequence
 
-from moeprune.report.results import SETTINGS, Run
+from moeprune.report.results import ORDER_SEPARATOR, SETTINGS, Run
 
 BUNDLED = ("scorer", "allocator", "surgery")
 NAMED_BY_LABEL = ("method", *BUNDLED)
 NO_SURGERY = ("surgery", "none")
+PRUNING = ("method", "scorer", "allocator")
 SHOWN_APART = ("model", "ratio", "quantizer")
 
 
 def setting_text(run: Run, key: str) -> str | None:
-    """A setting or override as text, "none" where it is off; None where an unfinished run does not say."""
+    """A setting or override as text, "none" where it is off; None where it says nothing of a run: as the training data
+    of one that is not trained, or what an unfinished run did not choose."""
     if run.results is not None and key in SETTINGS:
         value = getattr(run.results, key)
+        if value is None and key == "training_data":
+            return None
         return "none" if value is None else _number_or_text(str(value))
     given = _overrides(run)
     if key in given:
+        if key == "order":
+            return ORDER_SEPARATOR.join(stage.strip() for stage in given[key].strip("[]").split(","))
         return "none" if given[key] == "null" else _number_or_text(given[key])
     return None if key in SETTINGS else "default"
 
@@ -44,17 +50,34 @@ def run_labels(runs: Sequence[Run]) -> list[str]:
     """The name by which each run's method is known beside the others; model, ratio, quantizer are left out.
 
     That is the method, or "scorer + allocator" (and "+ surgery" where there is one) where no method is named or one
-    method was run with several; other settings and overrides follow where they vary over the runs.
+    method was run with several; other settings and overrides follow where they vary over the runs. Where one way of
+    pruning was tried with several recoveries, these and the surgery are the name.
     """
-    extra = [key for key in varying_keys(runs) if key not in NAMED_BY_LABEL + SHOWN_APART]
-    bundles = _bundles(runs)
+    varying = varying_keys(runs)
+    extra = [key for key in varying if key not in NAMED_BY_LABEL + SHOWN_APART]
+    compares_recoveries = "recovery" in varying and not set(varying) & set(PRUNING)
+    names = [_surgery_name(run) for run in runs] if compares_recoveries else _method_names(runs)
     labels = []
-    for run in runs:
-        method = setting_text(run, "method")
-        bundle = _bundle(run)
-        label = bundle if method in (None, "none") else method if len(bundles[method]) == 1 else f"{method} ({bundle})"
-        labels.append(", ".join([str(label), *(f"{key} {setting_text(run, key)}" for key in extra)]))
+    for run, name in zip(runs, names, strict=True):
+        told = {key: setting_text(run, key) for key in extra}
+        parts = [name, *(f"{key} {text}" for key, text in told.items() if text is not None)]
+        labels.append(", ".join(part for part in parts if part))
     return labels
+
+
+def _surgery_name(run: Run) -> str:
+    surgery = ("surgery", setting_text(run, "surgery"))
+    return "" if surgery == NO_SURGERY else " ".join(map(str, surgery))
+
+
+def _method_names(runs: Sequence[Run]) -> list[str]:
+    bundles = _bundles(runs)
+    names = []
+    for run in runs:
+        method, bundle = setting_text(run, "method"), _bundle(run)
+        named = method is not None and method != "none"
+        names.append((str(method) if len(bundles[method]) == 1 else f"{method} ({bundle})") if named else bundle)
+    return names
 
 
 def _overrides(run: Run) -> dict[str, str]:

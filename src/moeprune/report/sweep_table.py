@@ -10,17 +10,22 @@ from moeprune.report.formats import (
     byte_unit,
     byte_unit_note,
     bytes_text,
+    parameter_text,
     perplexity_text,
     ratio_text,
 )
 from moeprune.report.results import SETTINGS, Metrics, Run, Variant
-from moeprune.report.run_tables import RATIO_MEANING, column_of, names_in, perplexity_meaning, task_meaning
+from moeprune.report.run_tables import RATIO_MEANING, RECOVERY, column_of, names_in, perplexity_meaning, task_meaning
 from moeprune.report.settings import BUNDLED, methods_bundle, setting_text, setting_values, varying_keys
 from moeprune.report.tables import ROW_NAME, Cell, Column, Table
 
 PERPLEXITY_AND_SIZE, TASKS = "perplexity and size", "tasks"
-SHOWN_VARIANT = "Shown is each run's last variant: pruned, and quantised where a quantizer is named."
+SHOWN_VARIANT = (
+    "Shown is each run's last variant: pruned, and recovered or quantised where a recovery or quantizer is named."
+)
 ALWAYS_STATED = ("model", "seed", "calibration")
+
+Rivals = tuple[str, float, str]  # model, ratio, quantizer
 
 
 @dataclass(frozen=True)
@@ -38,17 +43,17 @@ class Row:
         return self.metrics.dense if self.is_dense else self.metrics.final
 
     @property
-    def rivals(self) -> tuple[str, float] | None:
-        """Rows of one model and ratio are compared with each other; dense, reference and unfinished rows with none."""
+    def rivals(self) -> Rivals | None:
+        """Rows of one size are compared with each other; dense, reference and unfinished rows with none."""
         if self.metrics is None or self.is_dense or self.metrics.is_reference:
             return None
-        return self.metrics.model, self.metrics.ratio
+        return self.metrics.model, self.metrics.ratio, self.metrics.quantizer
 
 
 def sweep_table(runs: Sequence[Run]) -> Table:
     """Per model its dense row and the runs' final variants in order, then unfinished runs with their error.
 
-    The best value among the runs of one model and ratio is bold; values that read the same share it.
+    The best value among the runs of one model, ratio and quantizer is bold; values that read the same share it.
     """
     rows = _rows(runs)
     measured = [run.results for run in runs if run.results]
@@ -58,6 +63,7 @@ def sweep_table(runs: Sequence[Run]) -> Table:
     columns += _perplexity_columns(rows)
     columns += [_task_column(rows, task) for task in names_in(metrics.final.tasks for metrics in measured)]
     columns.append(_size_column(rows, unit_bytes, unit))
+    columns += _recovery_columns(rows)
     if len(measured) < len(runs):
         status = [Cell(_status(row.run)) for row in rows]
         columns.append(Column("status", status, PERPLEXITY_AND_SIZE, prose=True))
@@ -66,6 +72,7 @@ def sweep_table(runs: Sequence[Run]) -> Table:
     captions = {
         PERPLEXITY_AND_SIZE: f"{perplexity_meaning(measured)} {size_meaning}" if measured else "No run has results.",
         TASKS: task_meaning(measured),
+        RECOVERY: "Training tokens: those that count in the loss.",
     }
     return Table(
         f"Sweep of {len(runs)} {'run' if len(runs) == 1 else 'runs'}",
@@ -135,9 +142,25 @@ def _size_column(rows: Sequence[Row], unit_bytes: int, unit: str) -> Column:
     return Column(f"{unit} with\noverhead", _with_best(rows, texts, lowest=True), PERPLEXITY_AND_SIZE)
 
 
+def _recovery_columns(rows: Sequence[Row]) -> list[Column]:
+    """What each recovery was given; none where no run has one."""
+    details = [None if row.metrics is None or row.is_dense else row.metrics.recovery_details for row in rows]
+    if not any(details):
+        return []
+    return [
+        column_of(
+            "training\ntokens", (f"{found.training_tokens:,}" if found else MISSING for found in details), RECOVERY
+        ),
+        column_of("recovery\nseconds", (f"{found.seconds:.1f}" if found else MISSING for found in details), RECOVERY),
+        column_of(
+            "trained\nparameters", (parameter_text(f.trained_parameters) if f else MISSING for f in details), RECOVERY
+        ),
+    ]
+
+
 def _with_best(rows: Sequence[Row], texts: Sequence[str], lowest: bool) -> list[Cell]:
     """Cells in which the best number among rivals is marked, unless all of them read the same."""
-    seen: dict[tuple[str, float], set[float]] = {}
+    seen: dict[Rivals, set[float]] = {}
     numbers = [_leading_number(text) for text in texts]
     for row, number in zip(rows, numbers, strict=True):
         if row.rivals is not None and number is not None:
@@ -166,7 +189,8 @@ def _status(run: Run) -> str:
 
 def _caption(runs: Sequence[Run], measured: Sequence[Metrics], any_best: bool) -> str:
     values = {key: setting_values(runs, key) for key in SETTINGS}
-    stated = [key for key in SETTINGS if key in ALWAYS_STATED or len(values[key]) == 1]
+    untold = () if any(metrics.order_matters for metrics in measured) else ("order",)
+    stated = [key for key in SETTINGS if key not in untold and (key in ALWAYS_STATED or len(values[key]) == 1)]
     settings = "; ".join(f"{key} {', '.join(values[key]) or 'unknown'}" for key in stated)
     sentences = [
         f"{settings[0].upper()}{settings[1:]}.",
@@ -175,7 +199,7 @@ def _caption(runs: Sequence[Run], measured: Sequence[Metrics], any_best: bool) -
         *_unequal_dense(measured),
     ]
     if any_best:
-        sentences.append("Bold: best of the runs of one model and ratio; bold ignores standard errors.")
+        sentences.append("Bold: best of the runs of one model, ratio and quantizer; bold ignores standard errors.")
     return " ".join(sentences)
 
 

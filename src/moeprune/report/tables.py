@@ -92,7 +92,8 @@ def _with_group_captions(table: Table, groups: Sequence[str]) -> Table:
 def print_table(table: Table, console: Console) -> None:
     """Print to the terminal, in parts where it is narrower than the table."""
     for part in parts(table, console.width):
-        shown = RichTable(title=part.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        console.print(Text(part.title, style="bold"))
+        shown = RichTable(box=box.SIMPLE_HEAD)
         shown.show_edge = shown.pad_edge = False
         fits = sum(column.width for column in part.columns) <= console.width
         for column in part.columns:
