@@ -46,6 +46,9 @@ def checkpoint(tmp_path):
     for name in ("config.json", "modeling_pruned_x.py", "model-rest.safetensors", "stage.json"):
         (folder / name).write_text(name)
     (folder / "walk").mkdir()
+    (folder / "adapters" / "experts").mkdir(parents=True)
+    (folder / "adapters" / "experts" / "adapter_model.safetensors").write_text("adapter")
+    (folder / "loss_curve.jsonl").write_text("of the training, not of the model")
     return folder
 
 
@@ -66,7 +69,10 @@ def settings(dense) -> dict:
 def test_the_folder_holds_the_checkpoint_the_card_and_the_licence(checkpoint, dense, metrics, settings, tmp_path):
     save_model(checkpoint, tmp_path / "new" / "model", metrics, settings, dense)
     names = sorted(file.name for file in (tmp_path / "new" / "model").iterdir())
-    assert names == ["LICENSE", "README.md", "config.json", "model-rest.safetensors", "modeling_pruned_x.py"]
+    model_files = ["config.json", "model-rest.safetensors", "modeling_pruned_x.py"]
+    assert names == ["LICENSE", "README.md", "adapters", *model_files]
+    adapter = tmp_path / "new" / "model" / "adapters" / "experts" / "adapter_model.safetensors"
+    assert adapter.read_text() == "adapter"
     card = (tmp_path / "new" / "model" / "README.md").read_text()
     assert yaml.safe_load(card.split("---\n")[1])["license"] == "mit"
     assert "| perplexity, prose | 20.00 | 30.00 |" in card

@@ -32,12 +32,15 @@ STAGES = [
 
 @dataclass(frozen=True)
 class ScaledDown:
-    """Stands for a recovery: every expert's output times ``factor``."""
+    """Stands for a recovery: every expert's output times ``factor``; it notes whether it saw four-bit weights."""
 
     factor: float = 0.5
 
     @torch.no_grad()
-    def __call__(self, model):
+    def __call__(self, load, dense, tokenizer, folder):
+        model = load()
+        assert dense().num_parameters() > 0 and tokenizer.bos_token_id is not None
+        (folder / "recovery.json").write_text(json.dumps({"steps": 0, "factor": self.factor}))
         for module in model.modules():
             if isinstance(module, RaggedExperts):
                 for expert in module:
@@ -50,9 +53,11 @@ class Rounded:
     """Stands for a quantizer: weights of experts with three binary digits."""
 
     name: str = "coarse"
+    needs_calibration: bool = False
 
     @torch.no_grad()
-    def __call__(self, model, workspace):
+    def __call__(self, model, windows, batch_size, workspace):
+        assert (windows is not None) == self.needs_calibration
         for depth, name, layer in each_layer(model, "round", workspace):
             for module in layer.modules():
                 if isinstance(module, Expert):
@@ -144,9 +149,31 @@ def test_recovery_and_quantizer_are_plain_dataclasses_that_follow_each_other(exp
     assert computed(stronger) == [
         "recovered", "quantized", "evaluation/pruned-recovered", "evaluation/pruned-recovered-coarse",
     ]  # fmt: skip
+    assert stronger.as_metrics()["recovery_details"] == {"steps": 0, "factor": 0.25}
     unrecovered = run(experiment(quantizer=Rounded()), cache)
+    assert "recovery_details" not in unrecovered.as_metrics()
     assert list(unrecovered.variants) == ["dense", "pruned", "pruned+coarse"]
     assert computed(unrecovered) == ["quantized", "evaluation/pruned-coarse"]
+
+
+def test_the_order_of_recovery_and_quantizer_is_a_setting(experiment, cache):
+    both = experiment(recovery=ScaledDown(), quantizer=Rounded())
+    usual = run(both, cache)
+    turned = run(replace(both, order=("prune", "quantize", "recover")), cache)
+    assert list(turned.variants) == ["dense", "pruned", "pruned+coarse", "pruned+coarse+recovered"]
+    assert computed(turned) == [
+        "quantized", "recovered", "evaluation/pruned-coarse", "evaluation/pruned-coarse-recovered",
+    ]  # fmt: skip
+    # Halving after rounding is not rounding after halving.
+    last = [list(result.variants.values())[-1]["mean_perplexity"] for result in (usual, turned)]
+    assert last[0] != last[1]
+
+
+def test_a_quantizer_that_looks_at_calibration_windows_is_keyed_by_them(experiment, cache):
+    for quantizer, inputs in ((Rounded(), ["pruned"]), (Rounded(needs_calibration=True), ["pruned", "calibration"])):
+        walked = {artifact.stage: artifact for artifact in run(experiment(quantizer=quantizer), cache).stages}
+        record = json.loads((walked["quantized"].folder / "stage.json").read_text())
+        assert record["inputs"] == [walked[stage].key for stage in inputs]
 
 
 def test_a_run_in_four_bits_is_smaller_on_disk(experiment, cache):

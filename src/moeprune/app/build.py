@@ -14,6 +14,7 @@ from moeprune.errors import InputError, MoepruneError
 from moeprune.models.shape import read_shape
 from moeprune.models.source import ModelSource
 from moeprune.pipeline.experiment import Experiment
+from moeprune.pipeline.target import ratio_for_quantized_bytes
 
 # Plain types of settings -> types of values that may stand for them.
 VALUES_OF: dict[Any, tuple[type, ...]] = {
@@ -24,21 +25,23 @@ VALUES_OF: dict[Any, tuple[type, ...]] = {
 def build_experiment(config: DictConfig) -> Experiment:
     """The experiment that the config describes. Raises InputError for a plug-in that cannot be built."""
     model, allocator, surgery = (_build(group, config[group]) for group in ("model", "allocator", "surgery"))
+    quantizer = build_optional("quantizer", config.quantizer)
     return Experiment(
         model=model,
         calibration=_build("calibration", config.calibration),
         scorer=_build("scorer", config.scorer),
         allocator=allocator,
-        ratio=_ratio(config, model, allocator, surgery),
+        ratio=_ratio(config, model, allocator, surgery, quantizer),
         evaluation=_build("evaluation", config.evaluation),
         surgery=surgery,
         recovery=build_optional("recovery", config.recovery),
-        quantizer=build_optional("quantizer", config.quantizer),
+        quantizer=quantizer,
+        order=tuple(config.order),
         fewest_tokens=config.fewest_tokens,
     )
 
 
-def _ratio(config: DictConfig, model: ModelSource, allocator: Any, surgery: Any) -> float:
+def _ratio(config: DictConfig, model: ModelSource, allocator: Any, surgery: Any, quantizer: Any) -> float:
     if config.target_bytes is None and config.target_active_parameters is None:
         return float(config.ratio)
     if getattr(allocator, "keeps_all_channels", False):
@@ -60,7 +63,10 @@ def _ratio(config: DictConfig, model: ModelSource, allocator: Any, surgery: Any)
             "them.",
             change="Use a channel allocator such as allocator=coverage, surgery=keep_rows, or a target in bytes.",
         )
-    return asked_ratio(config, folder, at_once(read_shape(folder)) if at_once else model.alignment)
+    channels_at_once = at_once(read_shape(folder)) if at_once else model.alignment
+    if config.target_bytes is not None and config.target_active_parameters is None and quantizer is not None:
+        return ratio_for_quantized_bytes(config.target_bytes, model, quantizer, channels_at_once)
+    return asked_ratio(config, folder, channels_at_once)
 
 
 def build_optional(group: str, config: DictConfig) -> Any:
@@ -90,6 +96,9 @@ def _require_plain_types(group: str, plug_in: Any, config: DictConfig) -> None:
     """Raise InputError for a setting of the wrong kind; a word where true or false belongs would count as true."""
     for setting in fields(plug_in) if is_dataclass(plug_in) else ():
         if setting.name not in config:
+            continue
+        if isinstance(config[setting.name], DictConfig):
+            _require_plain_types(f"{group}.{setting.name}", getattr(plug_in, setting.name, None), config[setting.name])
             continue
         kinds = get_args(setting.type) if isinstance(setting.type, UnionType) else (setting.type,)
         value = config[setting.name]

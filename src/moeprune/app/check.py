@@ -51,6 +51,8 @@ class ExperimentConfig:
     evaluation: dict[str, Any]
     surgery: dict[str, Any]
     fewest_tokens: int
+    order: list[str]
+    training_data: dict[str, Any] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
     quantizer: dict[str, Any] = field(default_factory=dict)
     tracking: dict[str, Any] = field(default_factory=dict)
@@ -98,7 +100,9 @@ def _check_model(config: DictConfig) -> None:
             change="Use a number from 0 up to, but not including, 1, for example ratio=0.5.",
         )
     folder = local_folder(model.path)
-    if folder is not None:
+    # How many bytes a quantised model takes is known only where its quantizer is.
+    by_quantizer = config.target_bytes is not None and "_target_" in config.quantizer
+    if folder is not None and not by_quantizer:
         limits = {"alignment": model.alignment, "minimum_width": model.minimum_width}
         Budget.for_model(read_shape(folder), ratio=asked_ratio(config, folder, model.alignment), **limits)
 

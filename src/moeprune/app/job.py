@@ -17,7 +17,8 @@ from moeprune.app.manifest import manifest, write_atomically
 log = logging.getLogger(__name__)
 
 REPORTED_CHOICES = (
-    "model", "method", "scorer", "allocator", "surgery", "quantizer", "recovery", "calibration", "evaluation",
+    "model", "method", "scorer", "allocator", "surgery", "quantizer", "recovery", "training_data", "calibration",
+    "evaluation",
 )  # fmt: skip
 
 
@@ -54,7 +55,8 @@ def _run(config: DictConfig, choices: Mapping[str, str | None], run_dir: Path) -
 
     for name, file in result.files.items():
         shutil.copyfile(file, run_dir / name)
-    metrics = {**choices, "ratio": experiment.ratio, "seed": config.seed, **result.as_metrics()}
+    settings = {"ratio": experiment.ratio, "seed": config.seed, "order": list(experiment.order)}
+    metrics = {**choices, **settings, **result.as_metrics()}
     write_atomically(run_dir / "metrics.json", json.dumps(metrics, indent=1))
     if config.save_model is not None:
         destination, dense = Path(config.save_model), experiment.model.folder()

@@ -12,6 +12,7 @@ import yaml
 from moeprune.errors import InputError
 from moeprune.models.shape import local_folder
 from moeprune.pipeline.cache import RECORD
+from moeprune.pipeline.run import RECOVERY_FILES
 from moeprune.report.model_card import Origin, model_card
 from moeprune.report.results import Metrics
 
@@ -38,9 +39,11 @@ def save_model(checkpoint: Path, destination: Path, metrics: Metrics, settings: 
     partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
-        for file in sorted(checkpoint.iterdir()):
-            if file.is_file() and file.name != RECORD:
-                _link_or_copy(file, partial / file.name)
+        for file in sorted(checkpoint.rglob("*")):  # adapters lie in folders of their own
+            if file.is_file() and file.name not in (RECORD, *RECOVERY_FILES):
+                target = partial / file.relative_to(checkpoint)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _link_or_copy(file, target)
         for pattern in LICENCE_FILES:
             for file in dense.glob(pattern):
                 shutil.copyfile(file, partial / file.name)

@@ -1,9 +1,11 @@
 """One experiment: everything a run needs to know, as plain objects."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moeprune.allocation.budget import Budget
 from moeprune.calibration.passes import CalibrationPass
@@ -16,6 +18,7 @@ from moeprune.models.layers.workspace import Workspace
 from moeprune.models.shape import ExpertShape, read_shape
 from moeprune.models.source import ModelSource
 from moeprune.pipeline.compatibility import check_compatible, check_passes, check_router_rows, check_whole_model
+from moeprune.pipeline.order import PRUNE, QUANTIZE, RECOVER, check_after_pruning, check_order
 from moeprune.surgery.cut import Cut
 from moeprune.surgery.prune import FinishedLayer
 from moeprune.types import Plan, Scores
@@ -23,16 +26,18 @@ from moeprune.types import Plan, Scores
 Scorer = Callable[..., Scores]  # statistics, then the result of each pass it asks for
 Allocator = Callable[[Scores, Budget], Plan]
 Surgery = Callable[[Model, Plan, Statistics, TokenWindows, int, Workspace], Iterator[FinishedLayer]]
-Recovery = Callable[[PreTrainedModel], PreTrainedModel]
-Quantizer = Callable[[Model, Workspace], Iterator[FinishedLayer]]
+Loader = Callable[[], PreTrainedModel]
+# How to load the model, and the dense one; the tokenizer; a folder that survives an interruption.
+Recovery = Callable[[Loader, Callable[[], Model], PreTrainedTokenizerBase, Path], PreTrainedModel]
+Quantizer = Callable[[Model, TokenWindows | None, int, Workspace], Iterator[FinishedLayer]]
 
 
 @dataclass(frozen=True)
 class Experiment:
     """Model -> calibration -> scorer -> allocator at ``ratio`` -> surgery -> recovery -> quantizer -> evaluation.
 
-    ``ratio`` is the fraction of routed-expert channels to remove. ``recovery`` and ``quantizer`` may be None. Experts
-    that fewer than ``fewest_tokens`` calibration tokens reach are warned of.
+    ``ratio`` is the fraction of routed-expert channels to remove. ``recovery`` and ``quantizer`` may be None; ``order``
+    says which of them comes first. Experts that fewer than ``fewest_tokens`` calibration tokens reach are warned of.
     """
 
     model: ModelSource
@@ -44,6 +49,7 @@ class Experiment:
     surgery: Surgery = field(default_factory=Cut)
     recovery: Recovery | None = None
     quantizer: Quantizer | None = None
+    order: Sequence[str] = (PRUNE, RECOVER, QUANTIZE)
     fewest_tokens: int = 32
 
     @property
@@ -51,9 +57,17 @@ class Experiment:
         """What the scorer asks for beyond the statistics of routed tokens."""
         return tuple(getattr(self.scorer, "passes", ()))
 
+    @property
+    def after_pruning(self) -> list[tuple[str, Any]]:
+        """(stage, what does it) for the stages that follow the cut, in order; those without a choice are left out."""
+        chosen = {RECOVER: self.recovery, QUANTIZE: self.quantizer}
+        return [(stage, chosen[stage]) for stage in self.order if chosen.get(stage) is not None]
+
     def check(self) -> None:
         """Raise InputError, BudgetError or ModelError for what is bound to fail, before anything is computed."""
         _ = self.model.placement
+        check_order(self.order)
+        check_after_pruning(self.after_pruning, self.model.folder())
         check_compatible(self.scorer, self.allocator, self.surgery)
         shape = self._shape()
         check_passes(self.passes, shape, self.model.computation_dtype)
@@ -61,6 +75,9 @@ class Experiment:
             check_whole_model(self.scorer, self.model.streams())
         check_router_rows(self.allocator, self.surgery, shape, self.budget())
         self.evaluation.check(self.model.tokenizer())
+        check_data = getattr(getattr(self.recovery, "data", None), "check", None)
+        if check_data is not None:
+            check_data(self.model.tokenizer())
 
     def budget(self) -> Budget:
         """What ``ratio`` leaves on this model; needs its headers only.

@@ -9,7 +9,13 @@ from moeprune.calibration.report import log_warnings
 from moeprune.pipeline import stages
 from moeprune.pipeline.cache import Artifact, StageCache
 from moeprune.pipeline.experiment import Experiment
+from moeprune.pipeline.order import RECOVER
 from moeprune.types import Plan
+
+# What a recovery says of itself: tokens, steps, seconds; and the losses, step by step.
+RECOVERY, LOSS_CURVE = "recovery.json", "loss_curve.jsonl"
+RECOVERY_FILES = (RECOVERY, LOSS_CURVE)
+RECOVERY_DETAILS = "recovery_details"
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class Result:
                 "note": plan.note,
             },
             "variants": [{"name": name, **metrics} for name, metrics in self.variants.items()],
+            **({RECOVERY_DETAILS: json.loads(self.files[RECOVERY].read_text())} if RECOVERY in self.files else {}),
             "stages": [
                 {
                     "stage": artifact.stage,
@@ -66,15 +73,13 @@ def run(experiment: Experiment, cache: StageCache) -> Result:
     walked = [calibration, statistics, report, *passes, scores, plan, diagnostics, pruned]
 
     models: dict[str, Artifact | None] = {"dense": None, "pruned": pruned}
-    name, latest = "pruned", pruned
-    if experiment.recovery is not None:
-        latest = stages.recover(cache, experiment, experiment.recovery, latest)
-        name = f"{name}+{getattr(experiment.recovery, 'name', 'recovered')}"
-        models[name] = latest
-        walked.append(latest)
-    if experiment.quantizer is not None:
-        latest = stages.quantize(cache, experiment, experiment.quantizer, latest)
-        name = f"{name}+{getattr(experiment.quantizer, 'name', 'quantized')}"
+    name, latest, recovered = "pruned", pruned, None
+    for stage, plug_in in experiment.after_pruning:
+        if stage == RECOVER:
+            latest = recovered = stages.recover(cache, experiment, plug_in, latest)
+        else:
+            latest = stages.quantize(cache, experiment, plug_in, calibration, latest)
+        name = f"{name}+{getattr(plug_in, 'name', latest.stage)}"
         models[name] = latest
         walked.append(latest)
 
@@ -84,5 +89,7 @@ def run(experiment: Experiment, cache: StageCache) -> Result:
         metrics[name] = json.loads((evaluation.folder / "metrics.json").read_text())
         walked.append(evaluation)
     kept = [(plan, "plan.safetensors"), (diagnostics, "diagnostics.json"), (report, "calibration.json")]
+    if recovered is not None:
+        kept += [(recovered, file) for file in RECOVERY_FILES if (recovered.folder / file).exists()]
     files = {name: artifact.folder / name for artifact, name in kept}
     return Result(Plan.load(files["plan.safetensors"]), files, latest.folder, metrics, walked)

@@ -3,6 +3,7 @@ and its inputs' keys. Raise a stage's version when its result changes for the sa
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from moeprune.allocation.optimal_coverage import OptimalCoverageAllocator
@@ -13,6 +14,7 @@ from moeprune.calibration.windows import TokenWindows
 from moeprune.models.compressed.reader import load_compressed
 from moeprune.models.compressed.writer import CheckpointWriter, save_compressed
 from moeprune.models.footprint.measured import count_bytes, count_parameters
+from moeprune.models.footprint.precision import precision_table
 from moeprune.models.layers.streaming import Model, StreamedModel, skeleton
 from moeprune.models.layers.workspace import Workspace
 from moeprune.pipeline.cache import WALK, Artifact, StageCache
@@ -144,27 +146,35 @@ def cut(
 
 
 def recover(cache: StageCache, experiment: Experiment, recovery: Recovery, model: Artifact) -> Artifact:
-    """Model -> model with some of its accuracy back; the whole model is in memory."""
+    """Model -> model with some of its accuracy back; the whole model is in memory. Goes on where it was interrupted."""
 
     def compute(folder: Path) -> None:
-        loaded = load_compressed(model.folder, experiment.model.computation_dtype)
-        recovered = recovery(loaded.to(experiment.model.placement))  # type: ignore[arg-type]
-        save_compressed(recovered, experiment.model.tokenizer(), folder, experiment.model.storage_dtype)
+        tokenizer = experiment.model.tokenizer()
+        (folder / WALK).mkdir(exist_ok=True)
+        load = partial(load_compressed, model.folder, experiment.model.computation_dtype)
+        recovered = recovery(load, experiment.model.load, tokenizer, folder)
+        save_compressed(recovered, tokenizer, folder, experiment.model.storage_dtype)
 
-    settings = {"recovered": recovery, "dtype": experiment.model.dtype}
-    return cache.get("recovered", 2, settings, [model.key], compute)
+    settings = {"recovered": recovery, "model": experiment.model, "dtype": experiment.model.dtype}
+    return cache.get("recovered", 3, settings, [model.key], compute, resumable=True)
 
 
-def quantize(cache: StageCache, experiment: Experiment, quantizer: Quantizer, model: Artifact) -> Artifact:
-    """Model -> model of fewer bits."""
+def quantize(
+    cache: StageCache, experiment: Experiment, quantizer: Quantizer, calibration: Artifact, model: Artifact
+) -> Artifact:
+    """Model -> model of fewer bits; some quantizers look at the calibration windows."""
+    calibrated = getattr(quantizer, "needs_calibration", False)
+    inputs = [model.key, calibration.key] if calibrated else [model.key]
 
     def compute(folder: Path) -> None:
+        windows = TokenWindows.load(calibration.folder / "windows.safetensors") if calibrated else None
         loaded = experiment.model.load_compressed(model.folder)
-        layers = quantizer(loaded, _workspace(experiment, loaded, folder))
+        workspace = _workspace(experiment, loaded, folder)
+        layers = quantizer(loaded, windows, experiment.calibration.batch_size, workspace)
         _write_layers(experiment, loaded, layers, folder)
 
     settings = {"quantized": quantizer, "dtype": experiment.model.dtype}
-    return cache.get("quantized", 2, settings, [model.key], compute, resumable=True)
+    return cache.get("quantized", 3, settings, inputs, compute, resumable=True)
 
 
 def evaluate(cache: StageCache, experiment: Experiment, name: str, model: Artifact | None) -> Artifact:
@@ -174,12 +184,14 @@ def evaluate(cache: StageCache, experiment: Experiment, name: str, model: Artifa
 
     def compute(folder: Path) -> None:
         loaded = experiment.model.load_compressed(model.folder) if model else experiment.model.load()
+        checkpoint = model.folder if model else experiment.model.folder()
         metrics = experiment.evaluation(loaded, experiment.model.tokenizer())
         metrics["parameters"] = vars(count_parameters(skeleton(loaded)))
-        metrics["bytes"] = vars(count_bytes(model.folder if model else experiment.model.folder()))
+        metrics["bytes"] = vars(count_bytes(checkpoint, loaded))
+        metrics["precision"] = [vars(row) for row in precision_table(checkpoint, skeleton(loaded))]
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
 
-    return cache.get(f"evaluation/{name}", 2, settings, inputs, compute)
+    return cache.get(f"evaluation/{name}", 3, settings, inputs, compute)
 
 
 def _load_statistics(statistics: Artifact) -> Statistics:
