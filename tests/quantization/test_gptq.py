@@ -121,6 +121,9 @@ def test_inputs_with_nan_are_a_numerical_error(build_model, random_windows):
     ("settings", "message"),
     [
         ({"damping": 0.0}, "damping=0.0"),
+        ({"damping": float("inf")}, "damping=inf"),
+        ({"damping": float("nan")}, "damping=nan"),
+        ({"scarcity": float("inf")}, "scarcity=inf"),
         ({"scarcity": -1.0}, "scarcity=-1.0"),
         ({"fewest_tokens": 0}, "fewest_tokens=0"),
     ],

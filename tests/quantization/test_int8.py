@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from quantising import quantised
 from torch import nn
 
-from moeprune.errors import ModelError
+from moeprune.errors import ModelError, NumericalError
 from moeprune.models.compressed.eight_bit import (
     SCALES,
     eight_bit_linear,
@@ -117,6 +117,14 @@ def test_parts_that_do_not_fit_are_refused(change, error):
 def test_a_skipped_linear_layer_is_a_model_error(pruned, monkeypatch):
     monkeypatch.setattr(int8, "eight_bit_linear", lambda weight, bias: nn.Linear(*reversed(weight.shape)))
     with pytest.raises(ModelError, match=r"These matrices of model\.layers\.0 were not quantised"):
+        in_int8(pruned)
+
+
+@torch.no_grad()
+def test_weights_beyond_float16_are_a_numerical_error(pruned):
+    """The library rounds to float16 first: a whole row would become NaN."""
+    pruned.get_submodule("model.layers.1.self_attn.o_proj").weight[1, 3] = 1e5
+    with pytest.raises(NumericalError, match=r"beyond float16"):
         in_int8(pruned)
 
 

@@ -1,17 +1,25 @@
 """After quantising, every matrix that should have changed is checked: quantizers that skip one are found out."""
 
+import dataclasses
+
 import pytest
 import torch
+from quantising import quantised
 from torch import nn
 
-from moeprune.errors import ModelError
+from moeprune.errors import ModelError, NumericalError
 from moeprune.models.compressed.eight_bit import eight_bit_linear
 from moeprune.models.compressed.four_bit import four_bit_linear
 from moeprune.models.compressed.quantizable import QuantizedParts
 from moeprune.models.layers.walk import run_through
 from moeprune.models.layers.workspace import IN_MEMORY
+from moeprune.quantization.gptq import GPTQQuantizer
 from moeprune.quantization.grouped import nearest_layer, nearest_table
+from moeprune.quantization.hqq import HQQQuantizer
+from moeprune.quantization.int8 import Int8Quantizer
+from moeprune.quantization.nf4 import NF4Quantizer
 from moeprune.quantization.replacing import check_replaced, replaced_layers
+from moeprune.quantization.rtn import NearestQuantizer
 
 EVERYTHING = QuantizedParts(embeddings=True, head=True)
 
@@ -91,7 +99,44 @@ def test_a_message_names_the_first_five():
 
 @torch.no_grad()
 def test_what_is_not_selected_is_not_touched(pruned):
-    nothing = QuantizedParts(False, False, False, False)
+    attention = QuantizedParts(routed_experts=False, shared_experts=False, dense_mlp=False)
     before = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
-    replaced(pruned, nearest_layer(4, 64), nearest_table(4, 64), nothing)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in pruned.state_dict().items())
+    replaced(pruned, nearest_layer(4, 64), nearest_table(4, 64), attention)
+    kept = {name: tensor for name, tensor in pruned.state_dict().items() if "self_attn" not in name}
+    assert len(kept) > 10 and all(torch.equal(tensor, before[name]) for name, tensor in kept.items())
+
+
+EACH = {
+    "nearest": NearestQuantizer("rtn4"), "hqq": HQQQuantizer("hqq4"), "gptq": GPTQQuantizer("gptq4"),
+    "nf4": NF4Quantizer(double_quantization=True), "int8": Int8Quantizer(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_name", ["deepseek_v2"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.o_proj", "model.layers.1.mlp.experts.2.up_proj", "lm_head"])
+@pytest.mark.parametrize("quantizer", EACH.values(), ids=EACH)
+@torch.no_grad()
+def test_a_matrix_that_holds_nan_or_infinity_is_a_numerical_error_that_names_it(pruned, quantizer, name, value):
+    """bitsandbytes would make a row, or with double quantisation the whole matrix, NaN and say nothing."""
+    pruned.get_submodule(name).weight[1, 3] = value
+    with pytest.raises(NumericalError, match=rf"{name.replace('.', '[.]')} holds NaN or infinity"):
+        quantised(pruned, dataclasses.replace(quantizer, parts=EVERYTHING))
+
+
+@pytest.mark.parametrize("model_name", ["deepseek_v2"])
+@torch.no_grad()
+def test_an_embedding_that_holds_nan_is_named_too(pruned):
+    pruned.get_input_embeddings().weight[1, 3] = torch.nan
+    with pytest.raises(NumericalError, match=r"model\.embed_tokens holds NaN or infinity"):
+        replaced(pruned, nearest_layer(4, 64), nearest_table(4, 64))
+
+
+@pytest.mark.parametrize("model_name", ["deepseek_v2"])
+@pytest.mark.parametrize("first", EACH.values(), ids=EACH)
+def test_what_is_quantised_already_is_refused_and_not_skipped(pruned, first):
+    experts = QuantizedParts(attention=False, shared_experts=False, dense_mlp=False)
+    quantised(pruned, dataclasses.replace(first, parts=experts))
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.experts\.0\.gate_proj is quantised already"):
+        quantised(pruned, NearestQuantizer("rtn2", bits=2))
+    quantised(pruned, NearestQuantizer("rtn8", bits=8, parts=QuantizedParts(routed_experts=False)))

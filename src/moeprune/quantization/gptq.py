@@ -1,6 +1,7 @@
 """GPTQ (arXiv 2210.17323): few bits, chosen such that each matrix computes what it did on the calibration text."""
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,7 +18,14 @@ from moeprune.models.runtime.grouped import GroupedLinear
 from moeprune.quantization.gptq_solver import gptq, inverse_factor
 from moeprune.quantization.grouped import GroupedQuantizer, grouped_layer, nearest_layer, nearest_table
 from moeprune.quantization.hessians import InputSum, input_sums
-from moeprune.quantization.replacing import FinishedLayer, check_replaced, matrices_below, replace, replace_rest
+from moeprune.quantization.replacing import (
+    FinishedLayer,
+    check_replaced,
+    matrices_below,
+    replace,
+    replace_rest,
+    require_finite,
+)
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +60,9 @@ class GPTQQuantizer(GroupedQuantizer):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "fewest_tokens")
-        if not self.damping > 0:
+        if not 0 < self.damping < math.inf:
             raise InputError(f"quantizer.damping={self.damping} is not possible.", change="Use 0.01, or more.")
-        if not self.scarcity >= 0:
+        if not 0 <= self.scarcity < math.inf:
             raise InputError(f"quantizer.scarcity={self.scarcity} is not possible.", change="Use a number from 0 to 1.")
 
     def __call__(
@@ -63,7 +71,7 @@ class GPTQQuantizer(GroupedQuantizer):
         """Quantise a pruned model in place, and yield each decoder layer (depth, name, layer) when it is final.
 
         Two forward passes over the windows. Raises InputError without windows, or where ``parts`` do not fit the model;
-        ModelError as `check_replaced` and `input_sums` do.
+        ModelError as `check_replaced` and `input_sums` do; NumericalError as the class says.
         """
         if windows is None:
             raise InputError("GPTQ needs calibration windows.", change="Use quantizer=hqq4, which needs none.")
@@ -75,6 +83,7 @@ class GPTQQuantizer(GroupedQuantizer):
         for visit in walk_layers(model, batches, "gptq", workspace, propagate="changed"):
             inside = matrices_below(visit.name, wanted)
             if inside:
+                require_finite(inside, f"{visit.name}.")
                 self._quantize_layer(visit, inside, batches)
                 check_replaced(visit.layer, visit.name, inside, self.bits)
             yield visit.depth, visit.name, visit.layer

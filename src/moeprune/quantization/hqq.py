@@ -34,7 +34,7 @@ class HQQQuantizer(GroupedQuantizer):
     ) -> Iterator[FinishedLayer]:
         """Quantise a pruned model in place, and yield each decoder layer (depth, name, layer) when it is final.
 
-        Raises ModelError and InputError as `replaced_layers` does.
+        Raises ModelError, NumericalError and InputError as `replaced_layers` does.
         """
         return replaced_layers(model, self.parts, workspace, self.bits, self._linear, self._table)
 

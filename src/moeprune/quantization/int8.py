@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from bitsandbytes.nn import Linear8bitLt
 from torch import nn
 
 from moeprune.calibration.windows import TokenWindows
+from moeprune.errors import NumericalError
 from moeprune.models.compressed.eight_bit import eight_bit_linear
 from moeprune.models.compressed.quantizable import QuantizedParts
 from moeprune.models.footprint.tensors import Parts, eight_bit_parts, grouped_parts
@@ -50,11 +52,15 @@ class Int8Quantizer:
     ) -> Iterator[FinishedLayer]:
         """Quantise a pruned model in place, and yield each decoder layer (depth, name, layer) when it is final.
 
-        Raises ModelError and InputError as `replaced_layers` does.
+        Raises ModelError, NumericalError and InputError as `replaced_layers` does; NumericalError for weights beyond
+        float16 too.
         """
         table = nearest_table(self.bits, TABLE_GROUP)
         return replaced_layers(model, self.parts, workspace, self.bits, _eight_bit, table)
 
 
 def _eight_bit(linear: nn.Linear) -> Linear8bitLt:
+    largest = linear.weight.abs().amax() if linear.weight.numel() else 0.0
+    if largest > torch.finfo(torch.float16).max:  # the library rounds to float16 first: a row would be NaN
+        raise NumericalError(f"A weight of {float(largest):.3g} is beyond float16, through which int8 goes: use nf4.")
     return eight_bit_linear(linear.weight, linear.bias)

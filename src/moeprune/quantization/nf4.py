@@ -62,7 +62,7 @@ class NF4Quantizer:
     ) -> Iterator[FinishedLayer]:
         """Quantise a pruned model in place, and yield each decoder layer (depth, name, layer) when it is final.
 
-        Raises ModelError and InputError as `replaced_layers` does.
+        Raises ModelError, NumericalError and InputError as `replaced_layers` does.
         """
         table = nearest_table(self.bits, TABLE_GROUP)
         return replaced_layers(model, self.parts, workspace, self.bits, self._linear, table)

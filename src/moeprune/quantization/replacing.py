@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moeprune.errors import ModelError
+from moeprune.errors import ModelError, NumericalError
 from moeprune.models.adapter import decoder_layers
 from moeprune.models.compressed.quantizable import QuantizedParts
 from moeprune.models.layers.streaming import Model, skeleton
@@ -31,11 +31,13 @@ def replaced_layers(
 ) -> Iterator[FinishedLayer]:
     """Replace all matrices in ``parts``, and yield each decoder layer when it is final; then those outside of layers.
 
-    Raises ModelError as `check_replaced` does, InputError where ``parts`` do not fit the model.
+    Raises ModelError as `check_replaced` does, NumericalError as `require_finite` does, InputError where ``parts`` do
+    not fit the model.
     """
     wanted = parts.names(skeleton(model))
     for depth, name, layer in each_layer(model, "quantize", workspace):
         inside = matrices_below(name, wanted)
+        require_finite(inside, f"{name}.")
         for path, linear in inside.items():
             replace(layer, path, linear, quantize_linear(linear))
         check_replaced(layer, name, inside, bits)
@@ -47,6 +49,18 @@ def matrices_below(layer_name: str, wanted: Mapping[str, nn.Module]) -> dict[str
     """{path inside the layer: linear layer} of those that are wanted."""
     prefix = f"{layer_name}."
     return {name.removeprefix(prefix): each for name, each in wanted.items() if name.startswith(prefix)}  # type: ignore[misc]
+
+
+def require_finite(matrices: Mapping[str, nn.Module], prefix: str = "") -> None:
+    """Raise NumericalError, with its name, for a matrix that holds NaN or infinity: bitsandbytes rounds it silently."""
+    for name, matrix in matrices.items():
+        weight = matrix.weight
+        assert isinstance(weight, Tensor)
+        if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
+            raise NumericalError(
+                f"The matrix {prefix}{name} holds NaN or infinity.\n"
+                "Look at the stage before: pruning, or the recovery's learning rate."
+            )
 
 
 def replace(parent: nn.Module, path: str, old: nn.Module, new: nn.Module) -> None:
@@ -64,10 +78,11 @@ def replace_rest(
 ) -> None:
     """Replace the embedding and the head, where they are among ``wanted``; a tied head follows its embedding.
 
-    Raises ModelError as `check_replaced` does.
+    Raises ModelError as `check_replaced` does, NumericalError as `require_finite` does.
     """
     layers = tuple(f"{name}." for name, _ in decoder_layers(model))
     outside = {name: matrix for name, matrix in wanted.items() if not name.startswith(layers)}
+    require_finite(outside)
     for matrix in outside.values():
         if isinstance(matrix, nn.Embedding):
             put_embedding(model, quantize_table(matrix))

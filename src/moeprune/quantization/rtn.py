@@ -23,7 +23,7 @@ class NearestQuantizer(GroupedQuantizer):
     ) -> Iterator[FinishedLayer]:
         """Quantise a pruned model in place, and yield each decoder layer (depth, name, layer) when it is final.
 
-        Raises ModelError and InputError as `replaced_layers` does.
+        Raises ModelError, NumericalError and InputError as `replaced_layers` does.
         """
         linear, table = nearest_layer(self.bits, self.group_size), nearest_table(self.bits, self.group_size)
         return replaced_layers(model, self.parts, workspace, self.bits, linear, table)

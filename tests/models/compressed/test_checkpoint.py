@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from families import build_family
 from quantising import quantised
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from moeprune.errors import InputError, ModelError
 from moeprune.models.adapter import decoder_layers, moe_layers
@@ -20,6 +22,7 @@ from moeprune.models.compressed.reader import (
     pruned_model_on_meta,
 )
 from moeprune.models.compressed.writer import CheckpointWriter, save_compressed
+from moeprune.models.families import to_contract
 from moeprune.models.layers.streaming import drop_tensors
 from moeprune.models.runtime.activations import gated_activation
 from moeprune.models.runtime.grouped import GroupedEmbedding, GroupedWeight, TiedHead
@@ -143,6 +146,28 @@ def test_a_model_computes_in_the_dtype_it_is_loaded_in(saved, random_windows):
     model = load_compressed(saved, torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model(random_windows.input_ids_NT).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["minimax", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_weights_and_buffers_have_the_precision_that_transformers_gives_them(
+    family, dtype, byte_tokenizer, random_windows, tmp_path
+):
+    """Also those of a model that was pruned in float32: buffers of linear attention, correction biases, norms."""
+    dense, folder = build_family(family, torch.float32), tmp_path / "pruned"
+    dense.save_pretrained(tmp_path / "dense")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype).state_dict()
+    to_contract(dense)
+    kept = tuple(tuple(torch.arange(8) for _ in range(layer.expert_count)) for layer in moe_layers(dense))
+    folder.mkdir()
+    save_compressed(prune(dense, Plan(kept, moe_layers(dense)[0].widths[0])), byte_tokenizer, folder, torch.bfloat16)
+    loaded, empty = load_compressed(folder, dtype), pruned_model_on_meta(folder, dtype)
+    for model in (loaded, empty):
+        found = {name: tensor.dtype for name, tensor in model.state_dict().items() if name in expected}
+        assert len(found) > 10
+        assert found == {name: expected[name].dtype for name in found}
+    assert torch.isfinite(loaded(random_windows.input_ids_NT).logits).all()
 
 
 def test_tied_weights_are_stored_once_and_stay_tied(saved, model_name):

@@ -51,6 +51,22 @@ def test_fused_experts_are_no_linear_layers():
     assert names and not any(".experts." in name for name in names)
 
 
+def test_a_selection_of_nothing_is_refused():
+    with pytest.raises(InputError, match=r"parts are all false(.|\n)*quantizer=none"):
+        QuantizedParts(**NOTHING)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_selection_of_parts_that_the_model_does_not_have_is_refused(build_model, cut):
+    model = build_model("qwen3_renormalised", torch.float32)
+    if cut:
+        prune(model, Plan(tuple(tuple(torch.arange(16) for _ in range(8)) for _ in moe_layers(model)), 16))
+    with pytest.raises(InputError, match=r"Qwen3MoeForCausalLM has no dense mlp, shared experts(.|\n)*attention"):
+        QuantizedParts(**NOTHING | {"shared_experts": True, "dense_mlp": True}).names(model)
+    some = QuantizedParts(**NOTHING | {"shared_experts": True, "routed_experts": True}).names(model)
+    assert len(some) == (2 * 8 * 3 if cut else 0)  # fused experts are no linear layers, but they are there
+
+
 @pytest.mark.parametrize("chosen", [{"embeddings": True}, {"head": True}])
 def test_a_tied_table_and_head_are_chosen_together(build_model, chosen):
     model = build_model("qwen3_renormalised", torch.float32)

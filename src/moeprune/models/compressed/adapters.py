@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LoraConfig, LoraModel
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
@@ -21,6 +22,7 @@ from moeprune.errors import ModelError
 from moeprune.models.compressed.files import CONFIG, PREFIX, save_tensors, save_text
 from moeprune.models.compressed.low_rank import AdaptedLinear, AdaptedRouter
 from moeprune.models.layers.stored import stored_tensors
+from moeprune.models.runtime.grouped import GroupedWeight
 
 ADAPTERS = "adapters"  # the folder, and the key in config.json
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -66,6 +68,12 @@ def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter
 def parameters_of_adapters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of all adapters, by their names in the model."""
     return {name: value for name, value in model.named_parameters() if ".lora_" in name}
+
+
+def adapts_quantized(model: nn.Module) -> bool:
+    """Whether adapters lie on quantised weights, into which they cannot be merged."""
+    kinds = (Linear4bit, Linear8bitLt, GroupedWeight)
+    return any(isinstance(layer.get_base_layer(), kinds) for layer in adapted_layers(model).values())
 
 
 def merge_adapters(model: PreTrainedModel) -> None:

@@ -22,11 +22,31 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class AdaptedLinear(Linear):
-    """A linear layer of any storage beside its LoRA or DoRA."""
+    """A linear layer of any storage beside one LoRA or DoRA."""
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
         return {(): None, ("use_dora",): CachedDora}
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``W x + (m / n - 1) W d(x) + (m / n) s B A d(x)`` of a DoRA, and the bias; d is the dropout."""
+        if self.merged or self.disable_adapters or not self.lora_variant:
+            return super().forward(x, *args, **kwargs)
+        (adapter,) = self.lora_variant
+        dropout, layer = self.lora_dropout[adapter], self.get_base_layer()
+        if self.training and not isinstance(dropout, nn.Identity):
+            # In one product a quantised matrix is dequantised once, and none is kept for the gradient.
+            dropped = dropout(x)
+            result, base = layer(torch.cat([x, dropped])).chunk(2)
+        else:
+            dropped = x
+            result = base = layer(x)
+        if layer.bias is not None:
+            base = base - layer.bias
+        ratio_O = _ratio(self, adapter)
+        narrow = self.lora_A[adapter](self._cast_input_dtype(dropped, ratio_O.dtype))
+        output = result + (ratio_O - 1) * base + ratio_O * self.scaling[adapter] * self.lora_B[adapter](narrow)
+        return output.to(result.dtype)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
@@ -75,7 +95,7 @@ def remembered_norms() -> Iterator[None]:
 
 
 class CachedDora(DoraLinearVariant):
-    """DoRA whose row norms are computed no more often than they change.
+    """What PEFT asks of a DoRA beside its forward pass; the row norms are computed no more often than they change.
 
     PEFT computes them in every forward pass, from W + s B A as a matrix of its own, although neither changes between
     two steps of the optimizer. The paper (section 4.3) takes n for a constant in the gradient, as is done here.
@@ -95,27 +115,10 @@ class CachedDora(DoraLinearVariant):
         magnitude.weight = nn.Parameter(start_O)
 
     @staticmethod
-    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """``W x + (m / n - 1) W d(x) + (m / n) s B A d(x)`` and the bias; d is the dropout."""
-        magnitude, dropout = module.lora_magnitude_vector[active_adapter], module.lora_dropout[active_adapter]
-        base, dropped = result, x
-        if module.training and not isinstance(dropout, nn.Identity):
-            dropped = dropout(x)
-            # The layer itself multiplies: PEFT's product with the dequantised matrix would keep that for the gradient.
-            base = module.get_base_layer()(dropped.to(result.dtype))
-        if module.get_base_layer().bias is not None:
-            base = base - module.get_base_layer().bias
-        low_rank = module.lora_B[active_adapter](module.lora_A[active_adapter](dropped))
-        ratio_O = magnitude.weight / magnitude.norms(module, active_adapter)
-        return result + (ratio_O - 1) * base + ratio_O * module.scaling[active_adapter] * low_rank
-
-    @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """``(m / n) (W + s B A)``, rounded once."""
-        magnitude = module.lora_magnitude_vector[active_adapter]
-        ratio_O = magnitude.weight / magnitude.norms(module, active_adapter)
-        merged_OI = ratio_O.unsqueeze(1) * (orig_weight + module.get_delta_weight(active_adapter))
-        return merged_OI.to(orig_weight.dtype)
+        merged_OI = orig_weight + module.get_delta_weight(active_adapter)
+        return (_ratio(module, active_adapter).unsqueeze(1) * merged_OI).to(orig_weight.dtype)
 
 
 class _Magnitude(DoraLinearLayer):
@@ -140,6 +143,12 @@ class _Magnitude(DoraLinearLayer):
         """As any module: the norms do not depend on the mode."""
         self.training = mode
         return self
+
+
+def _ratio(module: Any, adapter: str) -> Tensor:
+    """m / n [O]."""
+    magnitude = module.lora_magnitude_vector[adapter]
+    return magnitude.weight / magnitude.norms(module, adapter)
 
 
 def _keep_in_float32(module: Any, adapter: str) -> None:

@@ -14,7 +14,7 @@ import moeprune.models.families  # noqa: F401  (makes transformers know the fami
 from moeprune.errors import ModelError
 from moeprune.models.adapter import decoder_layers
 from moeprune.models.compressed.adapters import ADAPTERS, load_adapters
-from moeprune.models.compressed.files import CONFIG, INDEX, PREFIX, never_rounded, stored_precision
+from moeprune.models.compressed.files import CONFIG, INDEX, PREFIX, never_rounded
 from moeprune.models.compressed.quantized import Scheme, module_of, quantized_modules
 from moeprune.models.layers.stored import StoredTensor, stored_tensors
 from moeprune.models.runtime.structure import make_ragged
@@ -78,6 +78,10 @@ def pruned_model_on_meta(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     for name, module in list(model.named_modules()):
         if module is not model and module._non_persistent_buffers_set and not list(module.parameters()):
             model.set_submodule(name, type(module)(config=config))
+    kept = never_rounded(model, dtype)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and any(part in name for part in kept):
+            tensor.data = tensor.data.float()
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
@@ -130,8 +134,7 @@ def _fill(
         if module_of(name, quantized) is None and not name.startswith(elsewhere)
     }
     _check_fit(prefix, expected, plain, absent)
-    parameters, kept = {name for name, _ in module.named_parameters()}, never_rounded(module, dtype)
-    cast = {n: t.to(stored_precision(n, dtype, kept)) if n in parameters else t for n, t in plain.items()}
+    cast = {name: t.to(expected[name].dtype) if t.is_floating_point() else t for name, t in plain.items()}
     module.load_state_dict(cast, strict=False, assign=True)
 
 
