@@ -1,5 +1,6 @@
 """The figure of pruning against quantisation."""
 
+import json
 from itertools import combinations, product
 
 import pytest
@@ -45,6 +46,15 @@ def test_labels_keep_off_each_other_and_inside(grids):
         assert not any(one.overlaps(other) for one, other in combinations(extents, 2))
         assert all(frame.x0 <= extent.x0 and extent.x1 <= frame.x1 for extent in extents)
         assert all(frame.y0 <= extent.y0 and extent.y1 <= frame.y1 for extent in extents)
+
+
+def test_every_quantizer_has_a_look_of_its_own(tmp_path, write_run):
+    names = [f"{kind}{bits}" for kind, bits in product(("rtn", "hqq", "gptq", "own"), (8, 4, 3, 2))]
+    for number, (name, ratio) in enumerate(product(names, (0, 0.5))):
+        file = write_run(tmp_path / str(number), ratio=ratio) / "metrics.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "quantizer": name}))
+    lines = pareto_figure(find_grids(load_sweep(tmp_path))).legends[0].get_lines()
+    assert len({(line.get_color(), line.get_marker()) for line in lines[: len(names)]}) == len(names)
 
 
 def test_it_is_written_as_png_and_svg(tmp_path, grids):

@@ -49,6 +49,15 @@ def test_the_gradient_pulls_down_the_experts_with_most_tokens():
     assert (logits_TE.grad[:, 1:] < 0).all()
 
 
+def test_where_no_token_counts_nothing_is_out_of_balance():
+    logits_TE = torch.randn(4, 3, requires_grad=True)
+    routing = [Routing(logits_TE, torch.full((4, 1), 1.0), torch.zeros(4, 1, dtype=torch.int64))] * 2
+    loss = load_balancing_loss(routing, torch.zeros(4, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(logits_TE.grad, torch.zeros(4, 3))
+
+
 def test_load_is_the_share_of_assignments_of_each_expert():
     experts_TK = torch.tensor([[0, 1], [0, 2], [0, 1]])
     torch.testing.assert_close(

@@ -1,6 +1,7 @@
 """Several processes give what one does; experts that only some of them reach included."""
 
 import dataclasses
+import logging.handlers
 import multiprocessing
 import os
 import signal
@@ -30,8 +31,13 @@ def folder(tmp_path_factory):
         partial(train_on_several, folder / "fsdp", dataclasses.replace(several, strategy="fsdp"), DROPOUT),
         partial(fails, BudgetError("said in a process")),
     ]
+    logged = logging.handlers.BufferingHandler(100)
+    torch_log = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+    torch_log.addHandler(logged)
     with pytest.raises(BudgetError, match="said in a process"):
         launch(run_all, [jobs], 2)
+    torch_log.removeHandler(logged)
+    assert not any(record.exc_info for record in logged.buffer)  # a user's mistake shows no traceback
     return folder
 
 

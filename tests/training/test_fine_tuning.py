@@ -253,6 +253,20 @@ def test_what_is_not_finite_stops_and_the_last_good_checkpoint_stays(tmp_path, o
     assert_same_weights(trained(SETTINGS, tmp_path / "spoilt"), trained(SETTINGS, tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("patience", [None, 1])
+def test_a_validation_loss_that_is_not_finite_stops_too(tmp_path, patience):
+    """Else the first would be the lowest for ever, and its parameters be kept."""
+
+    def spoilt(model, batch):
+        terms = dict(cross_entropy(model, batch))
+        return terms if model.training else {**terms, "loss": terms["loss"] * math.nan}
+
+    settings = dataclasses.replace(SETTINGS, validation_windows=2, validate_every_steps=4, patience=patience)
+    with pytest.raises(NumericalError, match=r"The validation loss is nan at step 3; .*\nThe checkpoint of step 3"):
+        trained(settings, tmp_path, objective=spoilt)
+    assert [line["step"] for line in curve_of(tmp_path)] == [2]
+
+
 def test_a_step_that_is_not_finite_changes_no_parameter(tmp_path):
     model = network()
     with pytest.raises(NumericalError, match="There is no checkpoint yet"):
@@ -337,6 +351,8 @@ def test_a_slurm_job_is_one_device_and_keeps_its_signal_handlers(tmp_path, monke
         ({"strategy": "deepspeed"}, "strategy=deepspeed does not exist"),
         ({"warmup_ratio": 1.5}, "warmup_ratio=1.5"),
         ({"gradient_clip": 0.0}, "gradient_clip=0.0"),
+        ({"seed": -1}, "seed=-1 is not possible"),
+        ({"validation_windows": -1}, "validation_windows=-1 is not possible"),
         ({"devices": 3, "batch_size": 4, "micro_batch_size": 2}, "leaves some of 3 devices idle"),
     ],
 )
@@ -358,6 +374,27 @@ def test_groups_that_cannot_train_are_refused(tmp_path, groups, message):
     model = network()
     with pytest.raises(InputError, match=message):
         fit(model, groups(model), labelled_windows(), cross_entropy, SETTINGS, tmp_path)
+
+
+def test_results_do_not_depend_on_how_the_work_is_shared_and_saved():
+    """So a run that was cut finds its checkpoints again with other such settings, as after running out of memory."""
+    free = {
+        "micro_batch_size": 3, "gradient_checkpointing": True, "devices": 2, "strategy": "fsdp",
+        "checkpoint_every_steps": 1, "checkpoint_every_min": 1.0,
+    }  # fmt: skip
+    assert dataclasses.replace(SETTINGS, **free).identity() == SETTINGS.identity()
+    changed = {"epochs": 3, "log_every": 1, "seed": 1, "precision": "bf16-true", "weight_decay": 0.1, "patience": None}
+    changed |= {"batch_size": 5, "gradient_clip": 1.0, "balance_weight": 0.1, "validation_windows": 1}
+    base = dataclasses.replace(SETTINGS, patience=1, validation_windows=2)
+    assert all(
+        dataclasses.replace(base, **{name: value}).identity() != base.identity() for name, value in changed.items()
+    )
+
+
+@pytest.mark.parametrize("rate", [-1e-4, math.nan, math.inf])
+def test_a_learning_rate_that_does_not_learn_is_refused(rate):
+    with pytest.raises(InputError, match=f"learning rate of layers is {rate}"):
+        ParameterGroup("layers", [], rate)
 
 
 def test_holding_out_all_windows_is_refused(tmp_path):

@@ -34,7 +34,7 @@ FRONT_LOOK: dict[str, Any] = {"linewidth": 7.0, "solid_capstyle": "round", "soli
 PANELS_PER_ROW = 2
 DARKER = 0.8  # of text, which is thinner than lines
 RATIO_SIZE, FRONT_SIZE = 7.5, 8.5
-MARKERS = ("o", "s", "^", "D", "v", "P")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # one more than colours: 42 looks before one comes again
 
 Line = Sequence[Point]
 
@@ -53,7 +53,7 @@ def pareto_figure(grids: Sequence[Grid]) -> Figure:
     figure = empty_figure(6.6 * across, 0.9 + 5.0 * down)
     panels = list(figure.subplots(down, across, squeeze=False).flat)
     names = list(dict.fromkeys(name for grid in grids for name in grid.quantizers))
-    looks = dict(zip(names, cycle(zip(COLOURS, MARKERS, strict=True)), strict=False))
+    looks = dict(zip(names, zip(cycle(COLOURS), cycle(MARKERS), strict=False), strict=False))
     drawn = {panel: _draw_panel(panel, grid, looks) for panel, grid in zip(panels, grids, strict=False)}
     for panel in panels[len(grids) :]:
         panel.set_axis_off()

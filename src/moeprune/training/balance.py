@@ -7,7 +7,7 @@ from moeprune.models.adapter import Routing
 
 
 def load_balancing_loss(routing: list[Routing], counted_T: Tensor | None = None) -> Tensor:
-    """Mean over layers of ``E / K * sum_e f_e p_e``; 1 when a layer is balanced.
+    """Mean over layers of ``E / K * sum_e f_e p_e``; 1 when a layer is balanced, 0 where no token counts.
 
     Tokens count where ``counted_T`` (bool) says so, or all of them.
 
@@ -25,8 +25,8 @@ def load_balancing_loss(routing: list[Routing], counted_T: Tensor | None = None)
 def _layer_loss(layer: Routing) -> Tensor:
     tokens, expert_count = layer.logits_TE.shape
     top_k = layer.experts_TK.shape[1]
-    share_E = torch.bincount(layer.experts_TK.flatten(), minlength=expert_count) / tokens
-    probability_E = layer.logits_TE.float().softmax(dim=-1).mean(dim=0)
+    share_E = torch.bincount(layer.experts_TK.flatten(), minlength=expert_count) / max(1, tokens)
+    probability_E = layer.logits_TE.float().softmax(dim=-1).sum(dim=0) / max(1, tokens)
     return expert_count / top_k * (share_E * probability_E).sum()
 
 

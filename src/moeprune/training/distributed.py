@@ -1,9 +1,11 @@
 """Processes, devices and precision: one process per device, and how the model is spread over them."""
 
 import json
+import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
@@ -51,11 +53,27 @@ def launch(function: Callable[..., None], arguments: Sequence[Any], devices: int
     with TemporaryDirectory() as folder:
         message, threads = Path(folder) / "error.json", max(1, torch.get_num_threads() // devices)
         try:
-            elastic_launch(config, _call)(function, tuple(arguments), message, threads, os.getpid())
+            with _tracebacks_logged_unless(message):
+                elastic_launch(config, _call)(function, tuple(arguments), message, threads, os.getpid())
         except ChildFailedError:
             if message.exists():
                 raise _error_of(message) from None
             raise
+
+
+@contextmanager
+def _tracebacks_logged_unless(message: Path) -> Iterator[None]:
+    """Within the context torch does not log the traceback of an error that has left its message there."""
+
+    def is_untold(_record: logging.LogRecord) -> bool:
+        return not message.exists()
+
+    torch_log = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+    torch_log.addFilter(is_untold)
+    try:
+        yield
+    finally:
+        torch_log.removeFilter(is_untold)
 
 
 def _call(function: Callable[..., None], arguments: Sequence[Any], message: Path, threads: int, parent: int) -> None:

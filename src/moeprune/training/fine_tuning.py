@@ -24,8 +24,11 @@ STRATEGIES = ("auto", "ddp", "fsdp")
 SCHEDULES = ("cosine", "constant")
 BETAS = (0.9, 0.999)
 # What may be another when a run goes on: it changes the result by rounding and what dropout draws, or not at all.
-FREE = ("micro_batch_size", "gradient_checkpointing", "devices", "strategy", "log_every")
-FREE_CHECKPOINTS = ("checkpoint_every_steps", "checkpoint_every_min")
+FREE = (
+    "micro_batch_size", "gradient_checkpointing", "devices", "strategy", "checkpoint_every_steps",
+    "checkpoint_every_min",
+)  # fmt: skip
+FREE_IN_THE_CURVE = ("log_every",)  # also this; but its curve is another
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,16 @@ class FineTuning:
                 f"balance_weight={self.balance_weight} are not possible together.",
                 change="Use a gradient_clip above 0 (inf for none), and weights of 0 or more.",
             )
+        for name in ("seed", "validation_windows"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}={getattr(self, name)} is not possible.", change="Use 0 or more.")
         if self.patience is not None and self.validation_windows < 1:
             raise InputError("patience needs windows to measure on.", change="Set validation_windows, or no patience.")
+
+    def identity(self) -> dict[str, object]:
+        """What results depend on, for cache keys; so that a run which was cut, as for want of memory, may go on with
+        other micro-batches, devices and checkpoints."""
+        return {name: value for name, value in asdict(self).items() if name not in FREE}
 
 
 def fit(
@@ -222,7 +233,7 @@ def _training_mode(model: Any, gradient_checkpointing: bool) -> Iterator[None]:
 
 def _identity(settings: FineTuning, groups: Sequence[ParameterGroup], windows: LabelledWindows) -> dict[str, Any]:
     """What must be the same when a run goes on."""
-    kept = {name: value for name, value in asdict(settings).items() if name not in (*FREE, *FREE_CHECKPOINTS)}
+    kept = {name: value for name, value in settings.identity().items() if name not in FREE_IN_THE_CURVE}
     shapes = {group.name: [list(parameter.shape) for parameter in group.parameters] for group in groups}
     return {
         **kept,

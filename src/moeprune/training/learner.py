@@ -1,5 +1,6 @@
 """A model being trained: on its devices, with its optimizer, and the state that a checkpoint keeps of both."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,26 @@ from moeprune.training.distributed import broadcast_from_first
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share a learning rate (the highest of the schedule); the loss curve has it under ``name``."""
+    """Parameters that share a learning rate (the highest of the schedule); the loss curve has it under ``name``.
+
+    Raises InputError for a rate that is negative or not finite: AdamW would climb, or end in NaN.
+    """
 
     name: str
     parameters: Sequence[nn.Parameter]
     learning_rate: float
     weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_rate(self.name, self.learning_rate)
+
+
+def require_rate(name: str, rate: float) -> None:
+    """Raise InputError for a learning rate that is negative or not finite."""
+    if not 0 <= rate < math.inf:
+        raise InputError(
+            f"The learning rate of {name} is {rate}, which is not possible.", change="Use a number such as 1e-4."
+        )
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,7 @@ class Run:
         progress, schedule = self._progress, self._schedule
         try:
             means = take_step(self._steps, self._learner, progress.step)
+            measured = self._measured_after(progress.step)
         except NumericalError as error:
             kept = f"The checkpoint of step {self._saved} stays" if self._saved else "There is no checkpoint yet"
             raise NumericalError(f"{error}\n{kept} in {self._checkpoints.folder}.") from None
@@ -99,9 +100,7 @@ class Run:
         progress = replace(
             progress, step=step, tokens=progress.tokens + int(tokens), unwritten=(*progress.unwritten, means)
         )
-        measured: dict[str, float] = {}
-        if schedule.held_out and schedule.is_at(schedule.validate_every, step):
-            measured["validation_loss"] = mean_loss(self._steps, self._learner, schedule.held_out)
+        if measured:
             progress = self._validated(progress, measured["validation_loss"])
         progress = replace(progress, seconds=time.monotonic() + clock_offset, scaler=self._learner.scaler_state)
         if measured or progress.stopped or schedule.is_at(schedule.log_every, step):
@@ -109,6 +108,13 @@ class Run:
             self._write(progress, {**measured, "gradient_norm": norm if math.isfinite(norm) else None})
             progress = replace(progress, unwritten=())
         self._progress = progress
+
+    def _measured_after(self, step: int) -> dict[str, float]:
+        """The loss on the held-out windows, where it is due."""
+        held_out = self._schedule.held_out
+        if not held_out or not self._schedule.is_at(self._schedule.validate_every, step + 1):
+            return {}
+        return {"validation_loss": mean_loss(self._steps, self._learner, held_out, step)}
 
     def _validated(self, progress: Progress, loss: float) -> Progress:
         """Keep the parameters where the loss is the lowest so far; stop where patience ends."""

@@ -71,8 +71,8 @@ def take_step(steps: Steps, learner: Learner, step: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def mean_loss(steps: Steps, learner: Learner, items: Sequence[int]) -> float:
-    """The objective's loss per label on some windows, without dropout."""
+def mean_loss(steps: Steps, learner: Learner, items: Sequence[int], step: int) -> float:
+    """The objective's loss per label on some windows, without dropout. Raises NumericalError where it is not finite."""
     learner.module.eval()
     micro_batches = _micro_batches(steps, learner, items)
     terms = [
@@ -81,7 +81,9 @@ def mean_loss(steps: Steps, learner: Learner, items: Sequence[int]) -> float:
     ]
     learner.module.train()
     sums = _sums(learner, [{"loss": term["loss"], "targets": term["targets"]} for term in terms])
-    return sums["loss"] / max(1.0, sums["targets"])
+    loss = sums["loss"] / max(1.0, sums["targets"])
+    _require_finite("validation loss", loss, step, learner)
+    return loss
 
 
 def _backward(steps: Steps, learner: Learner, step: int) -> dict[str, float]:
