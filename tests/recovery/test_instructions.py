@@ -144,8 +144,16 @@ def test_records_without_any_label_are_an_input_error(data, byte_tokenizer):
         data(records)(byte_tokenizer)
 
 
-def test_check_says_what_is_bound_to_fail(data, byte_tokenizer):
-    data(ONE).check(byte_tokenizer)
+@pytest.mark.parametrize("record", [{"question": "a\ud83d", "answer": "b"}, {"question": "a", "answer": "\udc4d"}])
+def test_half_a_character_is_an_input_error(data, byte_tokenizer, record):
+    with pytest.raises(InputError, match=r"half a character, '\\ud.*after '.*a"):
+        data([record])(byte_tokenizer)
+
+
+def test_check_says_what_is_bound_to_fail(data, byte_tokenizer, caplog):
+    with caplog.at_level(logging.INFO):
+        data(ONE).check(byte_tokenizer)
+    assert not caplog.records
     with pytest.raises(InputError, match="no field answer"):
         data([{"question": "a", "output": "b"}]).check(byte_tokenizer)
 

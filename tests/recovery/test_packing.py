@@ -22,7 +22,7 @@ def example_lists(draw):
 
 @given(example_lists(), st.booleans())
 def test_every_example_is_whole_and_once_with_its_labels(examples, pack):
-    packing = Packing(LENGTH, most=None, pack=pack)
+    packing = Packing(LENGTH, most=None, pack=pack, begin=END)
     assert all(packing.add(example) for example in examples)
     windows = packing.labelled_windows(PADDING)
     ids_NT, labels_NT = windows.input_ids_NT.tolist(), windows.labels_NT.tolist()
@@ -41,14 +41,14 @@ def test_every_example_is_whole_and_once_with_its_labels(examples, pack):
 
 
 def test_examples_go_where_the_least_room_is_left():
-    packing = Packing(10, most=None, pack=True)
+    packing = Packing(10, most=None, pack=True, begin=0)
     for name, size in enumerate([6, 7, 3, 4, 10, 2]):
         packing.add(Example([name] * size, 1))
     assert [[each.token_ids[0] for each in window] for window in packing.windows] == [[0, 3], [1, 2], [4], [5]]
 
 
 def test_windows_beyond_the_limit_are_not_begun_and_the_others_go_on_taking():
-    packing = Packing(10, most=1, pack=True)
+    packing = Packing(10, most=1, pack=True, begin=0)
     assert packing.add(Example([1] * 6, 1))
     assert not packing.add(Example([2] * 5, 1))
     assert packing.add(Example([3] * 4, 1))
@@ -56,9 +56,18 @@ def test_windows_beyond_the_limit_are_not_begun_and_the_others_go_on_taking():
 
 
 def test_an_end_that_is_the_next_begin_is_there_once():
-    packing = Packing(10, most=None, pack=True)
+    packing = Packing(10, most=None, pack=True, begin=0)
     for example in [Example([0, 5, 0], 1), Example([0, 6, 7, 0], 2)]:
         packing.add(example)
     windows = packing.labelled_windows(9)
     assert windows.input_ids_NT.tolist() == [[0, 5, 0, 6, 7, 0, 9, 9, 9, 9]]
     assert windows.labels_NT.tolist() == [[-100, 5, 0, -100, 7, 0, *[-100] * 4]]
+
+
+def test_another_token_that_ends_one_example_and_begins_the_next_is_there_twice():
+    packing = Packing(10, most=None, pack=True, begin=0)
+    for example in [Example([3, 5, 3], 1), Example([3, 6, 3], 1)]:
+        packing.add(example)
+    windows = packing.labelled_windows(9)
+    assert windows.input_ids_NT.tolist() == [[3, 5, 3, 3, 6, 3, 9, 9, 9, 9]]
+    assert windows.target_count == 4

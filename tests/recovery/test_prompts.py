@@ -1,5 +1,7 @@
 """Templates: which is used, what it makes of a record, what it refuses."""
 
+import math
+
 import pytest
 
 from moeprune.errors import InputError
@@ -23,6 +25,7 @@ def chats(byte_tokenizer, monkeypatch):
         ({"instruction": "add", "input": " \n", "output": "4"}, "Do add:\n"),
         ({"instruction": "add", "input": None, "output": "4"}, "Do add:\n"),
         ({"instruction": "add", "output": "4"}, "Do add:\n"),
+        ({"instruction": "add", "input": math.nan, "output": "4"}, "Do add:\n"),
         ({"instruction": "add", "input": 0, "output": 4}, "Do add with 0:\n"),
     ],
 )
@@ -53,14 +56,27 @@ def test_a_field_that_does_not_exist_is_an_input_error_with_those_that_do(byte_t
         ("{instruction}", "{output}", "is no list"),
         ([], "{output}", "is no list"),
         (["{instruction"], "{output}", "not possible"),
-        (["{}"], "{output}", "without a plain name"),
-        (["{a.b}"], "{output}", "without a plain name"),
+        ([5], "{output}", "not possible: expected str"),
+        (["{instruction}"], None, "not possible: expected str"),
+        (["{}"], "{output}", "more or less than a name"),
+        (["{a.b}"], "{output}", "more or less than a name"),
+        (["{a:d}"], "{output}", "more or less than a name"),
+        (["{a:{b}}"], "{output}", "more or less than a name"),
+        (["{a}"], "{output!x}", "more or less than a name"),
         (["{instruction}"], "yes", "has no field"),
     ],
 )
 def test_a_template_that_cannot_work_is_an_input_error(prompts, answer, reason):
     with pytest.raises(InputError, match=reason):
         PromptTemplate(prompts, answer)
+
+
+@pytest.mark.parametrize("value", [["4"], [], {"text": "4"}])
+@pytest.mark.parametrize("field", ["instruction", "input", "output"])
+def test_lists_and_objects_are_no_text(byte_tokenizer, field, value):
+    record = {"instruction": "add", "input": "2", "output": "4", field: value}
+    with pytest.raises(InputError, match=f"field {field} of a record is a (list|dict), not text"):
+        ALPACA(record, byte_tokenizer)
 
 
 def message(role, content):
@@ -76,7 +92,7 @@ def test_the_last_answer_of_a_chat_is_the_answer(chats):
     assert ChatTemplate("chat")({"chat": record["messages"]}, chats) == expected
 
 
-@pytest.mark.parametrize("messages", [[], [("assistant", "b")], [("user", "a")], [("user", "a"), ("assistant", "")]])
+@pytest.mark.parametrize("messages", [[], [("assistant", "b")], [("user", "a")], [("user", "a"), ("assistant", " ")]])
 def test_a_chat_without_a_question_and_an_answer_is_no_turn(chats, messages):
     assert ChatTemplate()({"messages": [message(*each) for each in messages]}, chats) is None
 
@@ -103,6 +119,7 @@ def test_a_tokenizer_without_a_chat_template_is_an_input_error(byte_tokenizer):
     ("template", "reason"),
     [
         ("{{ raise_exception('no such role') }}", "cannot write messages of user: no such role"),
+        ("{{ messages[0].content + 1 }}", "cannot write messages of user: can only concatenate"),
         ("{{ messages | length }}", "does not begin with its own prompt"),
     ],
 )

@@ -41,13 +41,19 @@ class InstructionData:
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise InputError for what is bound to fail."""
-        replace(self, windows=1)(tokenizer)
+        replace(self, windows=1)._filled(tokenizer)
 
     def __call__(self, tokenizer: PreTrainedTokenizerBase) -> LabelledWindows:
         """The windows. Raises InputError for records that are missing, have other fields, or have no answers."""
+        windows, seen = self._filled(tokenizer)
+        self._report(windows, seen)
+        return windows
+
+    def _filled(self, tokenizer: PreTrainedTokenizerBase) -> tuple[LabelledWindows, Counter[str]]:
+        """The windows, and how many records were used or why not."""
         begin, end = _begin_and_end(tokenizer)
         records = self.records.read()
-        packing = Packing(self.sequence_length, most=self.windows, pack=self.pack)
+        packing = Packing(self.sequence_length, most=self.windows, pack=self.pack, begin=begin)
         seen: Counter[str] = Counter()
         for index in random.Random(self.seed).sample(range(len(records)), len(records)):
             turn = self.template(records[index], tokenizer)
@@ -67,16 +73,14 @@ class InstructionData:
                 change="Check the template's fields, or use a larger sequence_length.",
             )
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
-        windows = packing.labelled_windows(padding)
-        self._report(windows, seen)
-        return windows
+        return packing.labelled_windows(padding), seen
 
     def _example(self, turn: Turn, tokenizer: PreTrainedTokenizerBase, begin: int, end: int) -> Example | None:
         """None where no label is left in the window."""
         # Encoded as one text, as a model meets it; so where the answer begins is known by characters.
-        encoded = tokenizer(
-            turn.prompt + turn.answer, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
+        text = turn.prompt + turn.answer
+        _require_whole_characters(text)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         token_ids = list(encoded["input_ids"])
         first_target = sum(stop <= len(turn.prompt) for _, stop in encoded["offset_mapping"])
         if not turn.ends:
@@ -95,6 +99,18 @@ class InstructionData:
         )  # fmt: skip
         if self.windows is not None and len(windows) < self.windows:
             log.warning("the records fill %d windows; %d were asked for", len(windows), self.windows)
+
+
+def _require_whole_characters(text: str) -> None:
+    r"""Raise InputError for half a surrogate pair, which JSON can write (``\ud83d``) and tokenizers cannot read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"A record of the training data has half a character, {text[error.start]!a}, after "
+            f"{text[max(0, error.start - 40) : error.start]!r}.",
+            change="Write the file again with whole characters, or leave the record out.",
+        ) from None
 
 
 def _begin_and_end(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:

@@ -19,12 +19,12 @@ class Packing:
     """Windows that examples are put into one after the other, each whole and where the least room is left after it.
 
     (Best fit: for examples much shorter than a window little is left over.) In a window each example sees those
-    before it, as is common where examples are packed. A token that ends one example and begins the next is there once.
-    With ``pack`` off each has a window of its own. Windows beyond ``most`` are not begun.
+    before it, as is common where examples are packed. Where ``begin`` ends one example and begins the next, it is there
+    once. With ``pack`` off each has a window of its own. Windows beyond ``most`` are not begun.
     """
 
-    def __init__(self, length: int, *, most: int | None, pack: bool) -> None:
-        self._length, self._most, self._pack = length, most, pack
+    def __init__(self, length: int, *, most: int | None, pack: bool, begin: int) -> None:
+        self._length, self._most, self._pack, self._begin = length, most, pack, begin
         self.windows: list[list[Example]] = []
         # By the room that is left: the windows with so much of it.
         self._with_room: list[list[int]] = [[] for _ in range(length + 1)]
@@ -35,7 +35,7 @@ class Packing:
         room = next((room for room in range(size, self._length) if self._with_room[room]), None)
         if self._pack and room is not None:
             window = self._with_room[room].pop()
-            if self.windows[window][-1].token_ids[-1] == example.token_ids[0]:
+            if self.windows[window][-1].token_ids[-1] == example.token_ids[0] == self._begin:
                 example = Example(example.token_ids[1:], example.first_target - 1)
             self.windows[window].append(example)
         elif len(self.windows) == self._most:

@@ -1,7 +1,7 @@
 """How a record becomes what the model reads and what it should answer."""
 
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,13 +48,14 @@ class PromptTemplate:
 
     def __call__(self, record: Record, tokenizer: PreTrainedTokenizerBase) -> Turn | None:
         """The turn. Raises InputError when the record has not the fields."""
-        filled = {name for name, value in record.items() if value is not None and str(value).strip()}
+        filled = {name for name, value in record.items() if _is_filled(value)}
         _require_fields(_fields(self.answer), record)
         prompt = next((each for each in self.prompts if _fields(each) <= filled), None)
         if prompt is None:
             _require_fields(set().union(*map(_fields, self.prompts)), record)
         if prompt is None or not _fields(self.answer) <= filled:
             return None
+        _require_text(_fields(prompt) | _fields(self.answer), record)
         return Turn(prompt.format_map(record), self.answer.format_map(record), ends=False)
 
 
@@ -81,7 +82,7 @@ class ChatTemplate:
             raise InputError(f"{self.messages} is no list of messages: {str(messages)[:60]}.")
         for message in messages:
             _require_fields({"role", "content"}, message)
-        if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
+        if len(messages) < 2 or messages[-1]["role"] != "assistant" or not _is_filled(messages[-1]["content"]):
             return None
         prompt = _written(tokenizer, messages[:-1], asks=True)
         whole = _written(tokenizer, messages, asks=False)
@@ -97,7 +98,7 @@ class ChatTemplate:
 def _written(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, asks: bool) -> str:
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # of another type where contents are no text
         roles = ", ".join(str(message["role"]) for message in messages)
         raise InputError(f"The chat template cannot write messages of {roles}: {error}.") from error
 
@@ -106,12 +107,28 @@ def _fields(template: str) -> set[str]:
     """The fields in braces. Raises InputError for what is no format string of plain names."""
     change = "Write a record's field in braces, {output}, and a brace itself as {{ or }}."
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
+        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
+    except (ValueError, TypeError) as error:
         raise InputError(f"The template {template!r} is not possible: {error}.", change=change) from None
-    if not all(name.isidentifier() for name in names):
-        raise InputError(f"The template {template!r} has fields without a plain name: {names}.", change=change)
-    return set(names)
+    if not all(name and name.isidentifier() and not spec and not conversion for _, name, spec, conversion in parts):
+        raise InputError(f"The template {template!r} has fields that are more or less than a name.", change=change)
+    return {str(name) for _, name, _, _ in parts}
+
+
+def _is_filled(value: object) -> bool:
+    """Whether there is something to read; NaN is how tables without a value there come out as JSON."""
+    return value is not None and value == value and bool(str(value).strip())
+
+
+def _require_text(fields: set[str], record: Record) -> None:
+    """Raise InputError for lists and objects, which would be written in Python's notation."""
+    for name in sorted(fields):
+        value = record[name]
+        if isinstance(value, (Mapping, Sequence)) and not isinstance(value, str):
+            raise InputError(
+                f"The field {name} of a record is a {type(value).__name__}, not text: {str(value)[:60]}.",
+                change="Give text in a field of its own; for a list of messages use training_data=chat_file.",
+            )
 
 
 def _require_fields(fields: set[str], record: Record) -> None:

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 LOGITS_AT_ONCE = 2**22
 BYTES_PER_LOGIT = 8  # a float32 and an int32
 DESCRIPTION = "teacher"
-FINISHED = "vocabulary.txt"  # written last
+FINISHED = "vocabulary.txt"  # written when all is there
 
 # Rows of the windows, places in them, and the logits there [B, P, V].
 Predictions = Iterator[tuple[range, Tensor, Tensor]]
@@ -87,9 +87,9 @@ def teacher_logits(
     predictions = _streamed if isinstance(model, StreamedModel) else _in_memory
     for some, columns_P, logits_BPV in predictions(model, windows, rows, folder):  # type: ignore[arg-type]
         _write(windows, some, columns_P, logits_BPV / temperature, top_k, folder)
-    shutil.rmtree(folder / DESCRIPTION, ignore_errors=True)
     finished.with_suffix(".partial").write_text(str(vocabulary))
     finished.with_suffix(".partial").rename(finished)
+    shutil.rmtree(folder / DESCRIPTION, ignore_errors=True)  # not before: a killed walk would begin anew
     return TeacherLogits(folder, vocabulary)
 
 
