@@ -64,6 +64,14 @@ def test_every_choice_composes_and_is_the_one_that_was_made(group, choice):
     assert config.hydra.runtime.choices[group] == choice
 
 
+@pytest.mark.parametrize("kind", ["rtn", "hqq", "gptq"])
+@pytest.mark.parametrize(("words", "bits"), [("4", 4), ("3", 3), ("2", 2), ("4 quantizer.bits=5", 5)])
+def test_a_quantizer_is_named_after_the_bits_that_it_has(kind, words, bits):
+    choice, *overrides = words.split()
+    config = compose("config", overrides=[f"quantizer={kind}{choice}", *overrides])
+    assert build_optional("quantizer", config.quantizer).label == f"{kind}{bits}"
+
+
 def test_the_training_config_composes():
     config = compose("train", return_hydra_config=True)
     assert config.hydra.run.dir == f"runs/train/{config.architecture}"

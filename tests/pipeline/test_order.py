@@ -47,7 +47,7 @@ def dense(checkpoints):
 
 def test_adapters_that_stay_beside_a_model_come_after_the_quantizer(dense):
     quantizer = Quantizer()
-    with pytest.raises(InputError, match=r"recovery.merge=true, or order=\[prune,quantize,recover\]"):
+    with pytest.raises(InputError, match=r"recovery.merge=null, or order=\[prune,quantize,recover\]"):
         check_after_pruning([(RECOVER, Recovery(merges=False)), (QUANTIZE, quantizer)], dense)
     check_after_pruning([(QUANTIZE, quantizer), (RECOVER, Recovery(merges=False))], dense)
     check_after_pruning([(RECOVER, Recovery(merges=False))], dense)

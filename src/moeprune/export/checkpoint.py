@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moeprune.errors import InputError, ModelError
+from moeprune.models.compressed.adapters import ADAPTERS
 from moeprune.models.compressed.files import CONFIG, PREFIX
 from moeprune.models.layers.stored import StoredTensor, stored_tensors
 from moeprune.models.shape import weight_files
@@ -71,6 +72,11 @@ def open_checkpoint(folder: Path) -> PrunedCheckpoint:
         raise InputError(
             f"{folder} holds a checkpoint that moeprune did not prune; stock engines read it as it is.",
             change="Give checkpoint the folder of a pruned model.",
+        )
+    if ADAPTERS in config:
+        raise InputError(
+            f"{folder} has adapters beside its weights, which other engines do not read.",
+            change="Export a model whose adapters are merged: recovery.merge=true before quantisation, or without any.",
         )
     tensors: dict[str, StoredTensor] = {}
     for weights in weight_files(folder):

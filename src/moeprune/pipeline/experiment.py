@@ -75,9 +75,9 @@ class Experiment:
             check_whole_model(self.scorer, self.model.streams())
         check_router_rows(self.allocator, self.surgery, shape, self.budget())
         self.evaluation.check(self.model.tokenizer())
-        check_data = getattr(getattr(self.recovery, "data", None), "check", None)
-        if check_data is not None:
-            check_data(self.model.tokenizer())
+        check_recovery = getattr(self.recovery, "check", None)
+        if check_recovery is not None:
+            check_recovery(self.model.tokenizer())
 
     def budget(self) -> Budget:
         """What ``ratio`` leaves on this model; needs its headers only.

@@ -28,7 +28,7 @@ def check_after_pruning(chosen: Sequence[tuple[str, Any]], dense: Path) -> None:
     if stages == [RECOVER, QUANTIZE] and not getattr(of_stage[RECOVER], "merges", True):
         raise InputError(
             "recovery.merge=false keeps adapters beside the model, and a model with adapters is not quantised.",
-            change="Use recovery.merge=true, or order=[prune,quantize,recover].",
+            change="Use recovery.merge=null, or order=[prune,quantize,recover].",
         )
     if stages == [QUANTIZE, RECOVER]:
         check = getattr(of_stage[RECOVER], "check_quantized_base", None)

@@ -5,6 +5,9 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from moeprune.allocation.optimal_coverage import OptimalCoverageAllocator
 from moeprune.calibration.passes import CalibrationPass
@@ -17,6 +20,7 @@ from moeprune.models.footprint.measured import count_bytes, count_parameters
 from moeprune.models.footprint.precision import precision_table
 from moeprune.models.layers.streaming import Model, StreamedModel, skeleton
 from moeprune.models.layers.workspace import Workspace
+from moeprune.models.source import ModelSource
 from moeprune.pipeline.cache import WALK, Artifact, StageCache
 from moeprune.pipeline.diagnostics import DEFAULT_OBJECTIVE, diagnostics
 from moeprune.pipeline.experiment import Experiment, Quantizer, Recovery
@@ -151,7 +155,7 @@ def recover(cache: StageCache, experiment: Experiment, recovery: Recovery, model
     def compute(folder: Path) -> None:
         tokenizer = experiment.model.tokenizer()
         (folder / WALK).mkdir(exist_ok=True)
-        load = partial(load_compressed, model.folder, experiment.model.computation_dtype)
+        load = partial(_in_memory, experiment.model, model.folder)
         recovered = recovery(load, experiment.model.load, tokenizer, folder)
         save_compressed(recovered, tokenizer, folder, experiment.model.storage_dtype)
 
@@ -192,6 +196,12 @@ def evaluate(cache: StageCache, experiment: Experiment, name: str, model: Artifa
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
 
     return cache.get(f"evaluation/{name}", 3, settings, inputs, compute)
+
+
+def _in_memory(source: ModelSource, folder: Path) -> PreTrainedModel:
+    """A compressed model, whole, where it computes; a function of this module, so that other processes can call it."""
+    model: Any = load_compressed(folder, source.computation_dtype)
+    return model.to(source.placement)
 
 
 def _load_statistics(statistics: Artifact) -> Statistics:

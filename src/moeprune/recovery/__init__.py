@@ -1,4 +1,6 @@
-"""Recovery: from a pruned model in memory to the same model trained a little further.
+"""Recovery: a compressed model is trained a little further.
 
-The place in the road is there (`pipeline/run.py`, between pruning and quantisation); ``recovery=none`` leaves it empty.
+`recover.Recovery` puts together what trains (`adapters`, `weights`), for what (`objectives`), and on what
+(`instructions`, `texts`); the loop is `moeprune.training`. A part of your own is a frozen dataclass with the same
+methods, named by ``_target_`` in a YAML file under ``conf/recovery/``.
 """
