@@ -5,6 +5,7 @@ nothing. Each quantizer gets the same layer and, where it asks for them, the sam
 the forward passes that it makes. On a GPU it uses bfloat16 there; on a CPU, bfloat16 weights as checkpoints have them.
 
     python benchmarks/quantizers.py           # 128 experts: about 8 GB of memory, and minutes
+    python benchmarks/quantizers.py --experts 32   # a quarter of the layer's experts, and of the calibration tokens
     python benchmarks/quantizers.py --quick   # 8 experts of a quarter of the sizes
 """
 
@@ -12,7 +13,7 @@ import argparse
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,6 +52,13 @@ class Shape:
         """1/2, 2/3, 5/6 and all of the channels in turn: three quarters in all."""
         return [self.width * share // 6 for share in (3, 4, 5, 6)] * (self.experts // 4)
 
+    def with_experts(self, experts: int) -> "Shape":
+        """So many of the experts, each with as many tokens as before."""
+        name = self.name if experts == self.experts else f"{self.name}; here {experts} of them"
+        return replace(
+            self, name=name, experts=experts, calibration_tokens=self.calibration_tokens * experts // self.experts
+        )
+
     def config(self) -> Qwen3MoeConfig:
         return Qwen3MoeConfig(  # type: ignore[call-arg]
             vocab_size=VOCABULARY, hidden_size=self.hidden, num_hidden_layers=1, num_attention_heads=self.hidden // 64,
@@ -76,7 +84,9 @@ QUANTIZERS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small layer")
-    shape = QUICK if parser.parse_args().quick else PUBLISHED
+    parser.add_argument("--experts", type=int, default=PUBLISHED.experts, help="a multiple of 4")
+    asked = parser.parse_args()
+    shape = QUICK if asked.quick else PUBLISHED.with_experts(asked.experts)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{device}, bfloat16, torch {torch.__version__}")
     torch.manual_seed(0)
