@@ -57,6 +57,12 @@ def test_overrides_that_vary_are_columns(tmp_path, write_run):
     assert [column.head for column in table.columns[:3]] == ["run", "allocator.step", "mean\nperplexity"]
 
 
+def test_a_ratio_found_for_a_target_in_bytes_is_shown_in_few_digits(tmp_path, write_run):
+    for number, ratio in enumerate([0.6705729166666667, 0]):
+        write_run(tmp_path / str(number), ratio=ratio)
+    assert "0.6706" in texts(sweep_table(load_sweep(tmp_path)), "ratio")
+
+
 def test_runs_that_ended_otherwise_say_how(tmp_path, write_run):
     for name in ("0", "1"):
         write_run(tmp_path / name)

@@ -18,6 +18,8 @@ def setting_text(run: Run, key: str) -> str | None:
         value = getattr(run.results, key)
         if value is None and key == "training_data":
             return None
+        if key == "ratio":
+            value = f"{value:.4g}"  # one that was found for a target in bytes has sixteen digits
         return "none" if value is None else _number_or_text(str(value))
     given = _overrides(run)
     if key in given:
