@@ -79,15 +79,16 @@ def _percent(fraction: float) -> str:
 
 
 def _summary(metrics: Metrics, origin: Origin, version: str) -> str:
-    plan, dense, final = metrics.plan, metrics.dense.parameters, metrics.final.parameters
+    plan, dense, pruned = metrics.plan, metrics.dense.parameters, metrics.pruned.parameters
     source = f"`{origin.hub_name}`" if origin.hub_name else _short_name(metrics)
     live = sorted(set(plan.live_experts))
     experts = f"{live[0]}" if len(live) == 1 else f"{live[0]} to {live[-1]}"
     return (
         f"{source}, compressed with moeprune {version}: {plan.removed_channels} of {plan.total_channels} "
-        f"intermediate channels of the routed experts were removed, which is {_percent(1 - final.total / dense.total)} "
-        f"of all parameters and {_percent(1 - final.active / dense.active)} of those that a token uses. Experts may "
-        f"differ in width; {experts} per layer are left. {plan.note}"
+        "intermediate channels of the routed experts were removed, which is "
+        f"{_percent(1 - pruned.total / dense.total)} of all parameters and "
+        f"{_percent(1 - pruned.active / dense.active)} of those that a token uses. Experts may differ in width; "
+        f"{experts} per layer are left. {plan.note}"
     ).rstrip()
 
 

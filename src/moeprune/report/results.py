@@ -151,6 +151,11 @@ class Metrics:
         return next(variant for variant in self.variants if variant.name == "dense")
 
     @property
+    def pruned(self) -> Variant:
+        """The model as it was cut: adapters that were added later are no part of what pruning removed."""
+        return next((variant for variant in self.variants if variant.name == "pruned"), self.final)
+
+    @property
     def final(self) -> Variant:
         return self.variants[-1]
 

@@ -97,13 +97,14 @@ def recovery_table(metrics: Metrics) -> Table | None:
 
 def recovery_facts(metrics: Metrics, found: RecoveryDetails) -> dict[str, str]:
     """Each fact of a recovery that is known, by what it is about."""
-    share = found.trained_parameters / metrics.final.parameters.total
+    trained = found.trained_parameters
+    share = f"{100 * trained / metrics.pruned.parameters.total:.3g}% of the pruned model's number"
     speed = f"; {found.training_tokens / found.seconds:,.0f} tokens per second" if found.seconds > 0 else ""
     facts = {
         "training tokens": f"{found.training_tokens:,} that count in the loss",
         "optimizer steps": f"{found.steps:,}",
         "seconds": f"{found.seconds:.2f}{speed}",
-        "trained parameters": f"{parameter_text(found.trained_parameters)} ({100 * share:.3g}% of the model's)",
+        "trained parameters": f"{parameter_text(trained)} ({share})",
         **{f"learning rate, {part}": f"{rate_text(rate)} at its peak" for part, rate in found.learning_rates.items()},
     }
     if found.final_loss is not None:
@@ -160,7 +161,7 @@ def task_meaning(metrics: Sequence[Metrics]) -> str:
 
 
 def _run_caption(metrics: Metrics) -> str:
-    dense, final, plan = metrics.dense.parameters, metrics.final.parameters, metrics.plan
+    dense, pruned, plan = metrics.dense.parameters, metrics.pruned.parameters, metrics.plan
     chosen = f"scorer {metrics.scorer}, allocator {metrics.allocator}, surgery {metrics.surgery}"
     named = f"method {metrics.method} ({chosen})" if metrics.method else chosen
     order = f"order {metrics.order}; " if metrics.order_matters else ""
@@ -168,8 +169,8 @@ def _run_caption(metrics: Metrics) -> str:
         f"Model {metrics.model}; {named}; quantizer {metrics.quantizer}; recovery {recovery_text(metrics)}; {order}"
         f"calibration {metrics.calibration}; seed {metrics.seed}.",
         f"Ratio {metrics.ratio:g}: {RATIO_MEANING}; removed here: {plan.removed_channels} of {plan.total_channels} "
-        f"channels ({plan.removed_ratio:.4f}), {_percent_removed(dense.total, final.total)} of all parameters, "
-        f"{_percent_removed(dense.active, final.active)} of those active per token.",
+        f"channels ({plan.removed_ratio:.4f}), {_percent_removed(dense.total, pruned.total)} of all parameters, "
+        f"{_percent_removed(dense.active, pruned.active)} of those active per token.",
         f"Live experts per layer: {_per_layer(plan.live_experts)}.",
         plan.note,
     ]
