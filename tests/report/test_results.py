@@ -110,10 +110,3 @@ def test_metrics_without_the_dense_model_are_an_error(tmp_path, write_run):
     (run_dir / "metrics.json").write_text(json.dumps(metrics))
     with pytest.raises(InputError, match="a variant named dense"):
         load_run(run_dir)
-
-
-def test_what_pruning_removed_does_not_count_adapters_that_came_later(tmp_path, write_run):
-    write_run(tmp_path / "run")
-    metrics = load_run(tmp_path / "run").metrics
-    assert metrics is not None and metrics.pruned.name == "pruned"
-    assert metrics.pruned in metrics.variants

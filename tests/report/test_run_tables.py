@@ -1,11 +1,12 @@
 """The tables of one run, against golden Markdown."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from moeprune.report.results import RecoveryDetails, load_run
+from moeprune.report.results import RecoveryDetails, load_metrics, load_run
 from moeprune.report.run_tables import precision_table, recovery_facts, recovery_table, run_table, stage_table
 from moeprune.report.tables import markdown
 
@@ -59,3 +60,15 @@ def test_a_run_from_before_has_neither_table_and_no_size_in_memory(metrics):
     assert recovery_table(older) is None
     column = next(column for column in run_table(older).columns if column.head == "MB\nin memory")
     assert column.cells[-1].text == "-"
+
+
+def test_what_pruning_removed_does_not_count_adapters_that_came_later(tmp_path, write_run):
+    before, after = (write_run(tmp_path / name) for name in ("before", "after"))
+    metrics = json.loads((after / "metrics.json").read_text())
+    metrics["variants"][-1]["parameters"]["total"] += 10**9  # adapters beside the weights
+    metrics["variants"][-1]["parameters"]["active"] += 10**9
+    (after / "metrics.json").write_text(json.dumps(metrics))
+    assert len(metrics["variants"]) > 2
+    captions = [run_table(load_metrics(folder)).caption for folder in (before, after)]
+    assert "of all parameters" in captions[0]
+    assert captions[0] == captions[1]

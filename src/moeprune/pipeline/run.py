@@ -10,12 +10,11 @@ from moeprune.pipeline import stages
 from moeprune.pipeline.cache import Artifact, StageCache
 from moeprune.pipeline.experiment import Experiment
 from moeprune.pipeline.order import RECOVER
+from moeprune.recovery.recover import DETAILS, LOSS_CURVE
 from moeprune.types import Plan
 
 # What a recovery says of itself: tokens, steps, seconds; and the losses, step by step.
-RECOVERY, LOSS_CURVE = "recovery.json", "loss_curve.jsonl"
-RECOVERY_FILES = (RECOVERY, LOSS_CURVE)
-RECOVERY_DETAILS = "recovery_details"
+RECOVERY_FILES = (DETAILS, LOSS_CURVE)
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Result:
                 "note": plan.note,
             },
             "variants": [{"name": name, **metrics} for name, metrics in self.variants.items()],
-            **({RECOVERY_DETAILS: json.loads(self.files[RECOVERY].read_text())} if RECOVERY in self.files else {}),
+            **({"recovery_details": json.loads(self.files[DETAILS].read_text())} if DETAILS in self.files else {}),
             "stages": [
                 {
                     "stage": artifact.stage,

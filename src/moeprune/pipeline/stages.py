@@ -154,7 +154,6 @@ def recover(cache: StageCache, experiment: Experiment, recovery: Recovery, model
 
     def compute(folder: Path) -> None:
         tokenizer = experiment.model.tokenizer()
-        (folder / WALK).mkdir(exist_ok=True)
         load = partial(_in_memory, experiment.model, model.folder)
         recovered = recovery(load, experiment.model.load, tokenizer, folder)
         save_compressed(recovered, tokenizer, folder, experiment.model.storage_dtype)
