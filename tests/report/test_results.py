@@ -62,6 +62,13 @@ def test_metrics_of_an_earlier_try_are_not_results(tmp_path, write_run):
     assert run.results is None
 
 
+def test_a_run_that_stopped_where_it_was_asked_to_says_so_and_has_no_results(tmp_path, write_run):
+    run_dir = write_run(tmp_path / "0")  # with the metrics of an earlier run in the same directory
+    (run_dir / "manifest.json").write_text(json.dumps({"status": "success", "error": None, "until": "score"}))
+    run = load_run(run_dir)
+    assert (run.status, run.metrics, run.results) == ("stopped after score", None, None)
+
+
 def test_entries_of_later_versions_are_passed_over(tmp_path, write_run):
     run_dir = write_run(tmp_path / "0")
     metrics = json.loads((run_dir / "metrics.json").read_text())

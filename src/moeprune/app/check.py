@@ -12,6 +12,7 @@ from moeprune.allocation.budget import Budget
 from moeprune.allocation.targets import ratio_for_active_parameters, ratio_for_bytes
 from moeprune.errors import InputError
 from moeprune.models.shape import local_folder, read_shape, read_sizes
+from moeprune.pipeline.until import GROUP_OF, check_until
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -52,6 +53,8 @@ class ExperimentConfig:
     surgery: dict[str, Any]
     fewest_tokens: int
     order: list[str]
+    until: str | None
+    objective: str | None
     training_data: dict[str, Any] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
     quantizer: dict[str, Any] = field(default_factory=dict)
@@ -80,6 +83,8 @@ def checked(config: DictConfig) -> DictConfig:
             f"{error.full_key}: {reason}", change=f"Give {error.full_key} a value of that type."
         ) from error
     assert isinstance(merged, DictConfig)
+    if merged.until is not None:
+        check_until(merged.until, [group for group in GROUP_OF.values() if "_target_" in merged[group]])
     _check_model(merged)
     return merged
 

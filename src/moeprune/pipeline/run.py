@@ -1,6 +1,7 @@
 """The whole road, on one screen."""
 
 import json
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from moeprune.pipeline import stages
 from moeprune.pipeline.cache import Artifact, StageCache
 from moeprune.pipeline.experiment import Experiment
 from moeprune.pipeline.order import RECOVER
+from moeprune.pipeline.until import STAGE_OF
 from moeprune.recovery.recover import DETAILS, LOSS_CURVE
 from moeprune.types import Plan
 
@@ -59,16 +61,37 @@ class Result:
 
 def run(experiment: Experiment, cache: StageCache) -> Result:
     """Walk the road; every stage that any run finished before is reused."""
+    road = _road(experiment, cache)
+    try:
+        while True:
+            next(road)
+    except StopIteration as end:
+        result: Result = end.value
+        return result
+
+
+def run_until(experiment: Experiment, cache: StageCache, until: str) -> list[Artifact]:
+    """Walk the road up to the stage that ``until`` asks for (see `until.STAGE_OF`), so that later runs find it."""
+    walked = []
+    for artifact in _road(experiment, cache):
+        walked.append(artifact)
+        if artifact.stage == STAGE_OF[until]:
+            break
+    return walked
+
+
+def _road(experiment: Experiment, cache: StageCache) -> Generator[Artifact, None, Result]:
+    """Stage after stage, each yielded when it has its result."""
     experiment.check()
-    calibration = stages.sample_calibration(cache, experiment)
-    statistics = stages.gather_statistics(cache, experiment, calibration)
+    yield (calibration := stages.sample_calibration(cache, experiment))
+    yield (statistics := stages.gather_statistics(cache, experiment, calibration))
     report = stages.report_calibration(cache, experiment, calibration, statistics)
     log_warnings(json.loads((report.folder / "calibration.json").read_text()))
     passes = [stages.run_pass(cache, experiment, calibration, wanted) for wanted in experiment.passes]
-    scores = stages.score(cache, experiment, statistics, passes)
-    plan = stages.allocate(cache, experiment, scores)
+    yield (scores := stages.score(cache, experiment, statistics, passes))
+    yield (plan := stages.allocate(cache, experiment, scores))
     diagnostics = stages.diagnose(cache, experiment, statistics, scores, plan)
-    pruned = stages.cut(cache, experiment, calibration, statistics, plan)
+    yield (pruned := stages.cut(cache, experiment, calibration, statistics, plan))
     walked = [calibration, statistics, report, *passes, scores, plan, diagnostics, pruned]
 
     models: dict[str, Artifact | None] = {"dense": None, "pruned": pruned}
@@ -78,6 +101,7 @@ def run(experiment: Experiment, cache: StageCache) -> Result:
             latest = recovered = stages.recover(cache, experiment, plug_in, latest)
         else:
             latest = stages.quantize(cache, experiment, plug_in, calibration, latest)
+        yield latest
         name = f"{name}+{getattr(plug_in, 'name', latest.stage)}"
         models[name] = latest
         walked.append(latest)
@@ -86,6 +110,7 @@ def run(experiment: Experiment, cache: StageCache) -> Result:
     for name, model in models.items():
         evaluation = stages.evaluate(cache, experiment, name.replace("+", "-"), model)
         metrics[name] = json.loads((evaluation.folder / "metrics.json").read_text())
+        cache.progress.evaluated(name, metrics[name])
         walked.append(evaluation)
     kept = [(plan, "plan.safetensors"), (diagnostics, "diagnostics.json"), (report, "calibration.json")]
     if recovered is not None:

@@ -207,10 +207,13 @@ def load_run(run_dir: Path) -> Run:
     with _expected_entries(metrics_path):
         metrics = _metrics(_read_json(metrics_path)) if metrics_path.exists() else None
     with _expected_entries(manifest_path):
-        failure = manifest.get("error")
+        failure, status = manifest.get("error"), manifest["status"]
+        if status == "success" and manifest.get("until"):
+            # As it was asked to; metrics are then those of an earlier run in the same directory.
+            status, metrics = f"stopped after {manifest['until']}", None
         return Run(
             name=run_dir.resolve().name,
-            status=manifest["status"],
+            status=status,
             error=_entry(RunError, failure) if failure else None,
             overrides=tuple(manifest.get("overrides", ())),
             metrics=metrics,

@@ -10,7 +10,7 @@ from moeprune.report.csv_file import write_csv
 from moeprune.report.files import written_whole
 from moeprune.report.grid import Grid, find_grids
 from moeprune.report.grid_tables import grid_tables, write_grid_csv
-from moeprune.report.results import Run, load_run, load_sweep
+from moeprune.report.results import Metrics, Run, load_run, load_sweep
 from moeprune.report.run_tables import precision_table, recovery_table, recovery_text, run_table, stage_table
 from moeprune.report.sweep_table import methods_table, sweep_table
 from moeprune.report.tables import markdown, print_table
@@ -18,10 +18,11 @@ from moeprune.report.takeaway import takeaway
 from moeprune.report.times import run_times_table, stage_times_table
 
 
-def write_run_report(run_dir: Path, console: Console) -> list[Path]:
+def write_run_report(run_dir: Path, console: Console, with_plots: bool = True) -> list[Path]:
     """Print the tables of a run and write them to ``table.md``; draw its diagnostics and loss curve, where it has them.
 
-    Returns what was written. A run without metrics is told by its status and error, and nothing is written.
+    The plots take three seconds, which ``with_plots=False`` saves. Returns what was written. A run without metrics is
+    told by its status and error, and nothing is written.
     """
     run = load_run(run_dir)
     if run.status != "success":
@@ -36,6 +37,15 @@ def write_run_report(run_dir: Path, console: Console) -> list[Path]:
         print_table(table, console)
     written = [run_dir / "table.md"]
     _write_text(written[0], "\n".join(markdown(table) for table in tables))
+    if with_plots:
+        written += write_run_plots(run_dir, metrics)
+    _print_written(written, console)
+    return written
+
+
+def write_run_plots(run_dir: Path, metrics: Metrics) -> list[Path]:
+    """Draw a run's diagnostics and its loss curve, where it has them; returns what was written."""
+    written = []
     if (run_dir / "diagnostics.json").exists():
         from moeprune.report.diagnostics_plots import write_diagnostics_plots  # see below: matplotlib is slow to load
 
@@ -45,7 +55,6 @@ def write_run_report(run_dir: Path, console: Console) -> list[Path]:
 
         title = f"Recovery {recovery_text(metrics)}: {metrics.model} at ratio {metrics.ratio:g}, seed {metrics.seed}"
         written += write_loss_curve_plot(run_dir / "loss_curve.jsonl", title)
-    _print_written(written, console)
     return written
 
 

@@ -184,7 +184,7 @@ def _status(run: Run) -> str:
     if run.error is not None:
         first_line = run.error.message.partition("\n")[0]
         return f"{run.status}: {run.error.type}: {first_line}"
-    return f"{run.status}, no metrics.json" if run.metrics is None else run.status
+    return f"{run.status}, no metrics.json" if run.status == "success" else run.status
 
 
 def _caption(runs: Sequence[Run], measured: Sequence[Metrics], any_best: bool) -> str:
