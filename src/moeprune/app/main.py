@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,40 @@ def export() -> None:
     _run_command(_export_job, "export")
 
 
+def status() -> None:
+    """Show how a sweep stands."""
+    from moeprune.app.status import run_status
+
+    _guarded(lambda: sys.exit(run_status(sys.argv[1:])), "config")
+
+
+def rerun() -> None:
+    """Run the jobs of a sweep again that did not succeed."""
+    from moeprune.app.rerun import moeprune_command
+
+    def again() -> None:
+        words = moeprune_command(sys.argv[1:])
+        if words is not None:
+            sys.argv = ["moeprune", *words]
+            main()
+
+    _guarded(again, "config")
+
+
+def report() -> None:
+    """Write the tables and plots of a run or a sweep again."""
+    from moeprune.app.report_command import run_report
+
+    _guarded(lambda: sys.exit(run_report(sys.argv[1:])), "config")
+
+
+def cache() -> None:
+    """List, check and prune the stage cache."""
+    from moeprune.app.cache_command import run_cache_command
+
+    _guarded(lambda: sys.exit(run_cache_command(sys.argv[1:])), "config")
+
+
 def config_folder() -> Path:
     """``conf/``: inside an installed wheel, or at the top of the source tree."""
     package = Path(moeprune.__file__).parent
@@ -48,10 +83,10 @@ def config_folder() -> Path:
 
 
 # submitit pickles this function by value: it stays trivial.
-def _experiment_job(config: DictConfig) -> None:
+def _experiment_job(config: DictConfig) -> float | None:
     from moeprune.app.job import run_job
 
-    run_job(config)
+    return run_job(config)
 
 
 def _training_job(config: DictConfig) -> None:
@@ -66,9 +101,11 @@ def _export_job(config: DictConfig) -> None:
     run_export(config)
 
 
-def _run_command(job: Callable[[DictConfig], None], config_name: str) -> None:
+def _run_command(job: Callable[[DictConfig], float | None], config_name: str) -> None:
     # Hydra would print its own errors and hide ours; with this it raises them, and they are explained below.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    # Hydra has a launcher of this name too; ours takes its place, in this program only.
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/basic' is validated against ConfigStore schema")
     # Threads that spin while they wait slow each other down many times over on a CPU that is shared with other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not sys.stderr.isatty():

@@ -1,27 +1,60 @@
-"""After a sweep: one table of all its runs, whether they succeeded or not."""
+"""Around a sweep: its record at the start; at its end a table of all runs, what failed, and the exit code."""
 
 import atexit
+import sys
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from moeprune.app.manifest import mark
+from moeprune.app.sweep_record import RECORD, SweepRecord
+from moeprune.app.sweep_state import FAILURES, State, read_sweep
+from moeprune.app.sweep_text import counts, failure_lines, status_command
+
+JOBS_FAILED = 1
+RERUN = "rerun"
+
 
 class SweepReport(Callback):
-    """Hydra callback: reports the sweep when the process ends.
+    """Hydra callback: records the sweep when it starts, reports it when the process ends.
 
-    At exit and not at ``on_multirun_end``, because Hydra leaves that out when a job has failed.
+    At exit and not at ``on_multirun_end``, because Hydra leaves that out when a launcher raises the error of a job.
     """
 
     def on_multirun_start(self, config: DictConfig, **_kwargs: Any) -> None:
-        atexit.register(_report, Path(config.hydra.sweep.dir))
+        sweep_dir, choices = Path(config.hydra.sweep.dir), config.hydra.runtime.choices
+        if choices["hydra/sweeper"] != RERUN:  # which goes on with the record of the sweep that it runs again
+            sweep_dir.mkdir(parents=True, exist_ok=True)
+            SweepRecord.for_launch(sweep_dir, sys.argv[1:], choices["hydra/launcher"]).write(sweep_dir)
+        atexit.register(_report, sweep_dir)
+
+    def on_multirun_end(self, config: DictConfig, **_kwargs: Any) -> None:
+        """Raises SystemExit where a job did not succeed: launchers return normally after a job that was killed."""
+        if read_sweep(Path(config.hydra.sweep.dir), by_driver=True).those(*FAILURES):
+            sys.exit(JOBS_FAILED)
 
 
 def _report(sweep_dir: Path) -> None:
-    if not any(sweep_dir.glob("*/manifest.json")):
-        return
-    from moeprune.app.terminal import terminal
-    from moeprune.report.summary import write_sweep_report
+    if (sweep_dir / RECORD).exists():
+        for job in read_sweep(sweep_dir, by_driver=True).those(State.KILLED):
+            mark(job.run_dir, "killed")  # it could not say so itself
+    try:
+        if any(sweep_dir.glob("*/manifest.json")):
+            # Imported here: jobs of a sweep import this module too, and plots take a second to load.
+            from moeprune.app.terminal import terminal
+            from moeprune.report.summary import write_sweep_report
 
-    write_sweep_report(sweep_dir, terminal())
+            write_sweep_report(sweep_dir, terminal())
+    finally:
+        if (sweep_dir / RECORD).exists():
+            _say_what_failed(sweep_dir)
+
+
+def _say_what_failed(sweep_dir: Path) -> None:
+    sweep = read_sweep(sweep_dir, by_driver=True)
+    if not sweep.has_ended:
+        print(f"The sweep goes on without this process: {counts(sweep)}.\nSee it with:  {status_command(sweep_dir)}")
+    for line in failure_lines(sweep):
+        print(line)

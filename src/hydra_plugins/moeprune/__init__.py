@@ -1,0 +1,1 @@
+"""What Hydra finds at every start; the work is done in `moeprune.app`, imported when it is needed."""
