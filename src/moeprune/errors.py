@@ -46,6 +46,10 @@ class NumericalError(MoepruneError):
     """A computation gave NaN or infinity where a finite number is required."""
 
 
+class LostProcessError(MoepruneError):
+    """A process that took part in a training has ended before its time."""
+
+
 def require_positive(settings: object, *names: str) -> None:
     """Raise InputError for the first of these whole-number settings that is below 1."""
     for name in names:

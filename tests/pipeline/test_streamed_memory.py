@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-LAYERS = 12
+LAYERS = 8
 MIB = 2**20
 # For activations, what is outside the layers, and what libraries set up when they are first used.
 ALLOWANCE = 60 * MIB
@@ -57,7 +57,7 @@ print(json.dumps({"peak": resident("VmHWM") - before, "perplexity": result.varia
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory, byte_tokenizer):
-    """A folder with 12 layers of 24 MiB each."""
+    """A folder with 8 layers of 24 MiB each."""
     folder = tmp_path_factory.mktemp("large")
     config = Qwen3MoeConfig(
         vocab_size=257, hidden_size=256, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,

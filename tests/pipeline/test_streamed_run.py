@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from preempting import lines_of, preempted_again_and_again
 from safetensors.torch import load_file
 
 from moeprune.calibration.loss_gradients import LossGradientPass
@@ -94,6 +95,21 @@ def test_a_killed_run_goes_on_at_the_layer_where_it_was(surgery, experiment, tmp
     )
     resumed = run(plain, StageCache(tmp_path / "killed"))
     assert added == [2]
+    assert_same_files(resumed, expected)
+    assert resumed.variants == expected.variants
+
+
+WALK_FILES = ("layers/walk.py", "layers/workspace.py", "compressed/writer.py", "compressed/files.py")
+
+
+def test_walks_preempted_at_any_line_end_as_ones_that_were_not(experiment, tmp_path):
+    """As by Submitit's handler, which raises SystemExit wherever the main thread is: statistics, cut, quantiser."""
+    plain = with_layers_on_disk(experiment("deepseek_v2", surgery=Refit(), quantizer=NF4Quantizer()))
+    lines = lines_of(lambda: run(plain, StageCache(tmp_path / "whole")), WALK_FILES, tmp_path / "lines")
+    expected = run(plain, StageCache(tmp_path / "whole"))
+    killed = tmp_path / "preempted"
+    assert preempted_again_and_again(lambda: run(plain, StageCache(killed)), WALK_FILES, lines // 3, seed=0) > 2
+    resumed = run(plain, StageCache(killed))
     assert_same_files(resumed, expected)
     assert resumed.variants == expected.variants
 

@@ -1,44 +1,41 @@
 """A content-addressed cache of stage results: written atomically, checked when read, shared by all runs.
 
-    CACHE/statistics/3f2a.../statistics.safetensors     what the stage wrote
-    CACHE/statistics/3f2a.../stage.json                 what made it: settings, inputs, cost, and a digest of each file
+A folder appears under its final name only when it is complete (`moeprune.pipeline.record`); a damaged one is set aside
+and computed again. One process computes a stage and the others wait for it (`moeprune.pipeline.lease`, `waiting`).
+What a resumable stage had written when it was interrupted stays, and the next run that wants the stage goes on from
+there (`workplace`).
 
-A folder appears under its final name only when it is complete; a damaged one is set aside and computed again. What a
-resumable stage had written when it was interrupted stays, and the next run that wants the stage goes on from there.
-What it needs for that alone lies in a folder ``walk`` of its own, which is no part of the result.
+A process holds one lease at a time, and waits only while it holds none: so no two can wait for each other.
 """
 
-import errno
-import hashlib
-import json
 import logging
-import os
+import platform
 import shutil
-import socket
-import threading
-import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-import psutil
-
-from moeprune.errors import CacheError
+from moeprune.pipeline.disk import disk_errors
 from moeprune.pipeline.identity import describe, stage_key
+from moeprune.pipeline.lease import Owner, Timing, holder, lease_folder
 from moeprune.pipeline.measure import measured
+from moeprune.pipeline.progress import Progress, Silent
+from moeprune.pipeline.record import RECORD, WALK, DamagedError, read_sound_record, write_record
+from moeprune.pipeline.use import UsedStages, mark_used
+from moeprune.pipeline.waiting import take_turn
+from moeprune.pipeline.workplace import Workplace, clear_away, set_aside
+
+__all__ = ["RECORD", "WALK", "Artifact", "StageCache"]
 
 log = logging.getLogger(__name__)
 
-RECORD = "stage.json"
-_HASH_CHUNK = 2**20
-WALK = "walk"  # the folder, inside a resumable stage's, of what it needs to go on and nobody else wants
-# A process on another machine cannot be asked whether it lives: one at work touches its folder every minute, however
-# long it computes without writing, and after ten silent minutes it is taken for dead.
-SIGN_OF_LIFE_SECONDS = 60.0
-ABANDONED_AFTER_SECONDS = 10 * 60
+SILENT, USUAL = Silent(), Timing()
+NOBODY: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -53,11 +50,41 @@ class Artifact:
     peak_memory_gib: float
 
 
-class StageCache:
-    """Finished stages under ``root``, by stage name and key."""
+@dataclass(frozen=True)
+class _Wanted:
+    """A stage that somebody asks for: where it is to be, what it is made of, and how."""
 
-    def __init__(self, root: Path) -> None:
+    stage: str
+    key: str
+    folder: Path
+    content: Mapping[str, Any]
+    compute: Callable[[Path], None]
+    resumable: bool
+
+    def __str__(self) -> str:
+        return f"{self.stage} {self.key[:12]}"
+
+
+class StageCache:
+    """Finished stages under ``root``, by stage name and key.
+
+    ``progress`` is told what happens. ``made_by`` says for people who makes results here, for example
+    ``{"run": "runs/12", "model": "tiny"}``: it goes into ``stage.json`` and, the run, to those who wait, and into no
+    key. ``timing`` is how long processes wait for each other.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        progress: Progress = SILENT,
+        made_by: Mapping[str, str] = NOBODY,
+        timing: Timing = USUAL,
+    ) -> None:
         self.root = root
+        self.progress = progress
+        self._made_by = {"moeprune": _own_version(), "host": platform.node(), **made_by}
+        self._timing = timing
+        self._in_use = UsedStages()
 
     def get(
         self,
@@ -68,7 +95,8 @@ class StageCache:
         compute: Callable[[Path], None],
         resumable: bool = False,
     ) -> Artifact:
-        """The stage's result, from disk when it is there and sound, else made by ``compute(folder)``.
+        """The stage's result, from disk when it is there and sound, else made by ``compute(folder)``: here, or by a
+        process that is at it already.
 
         The folder is empty; that of a ``resumable`` stage holds what an interrupted run left in it.
 
@@ -76,163 +104,103 @@ class StageCache:
         what a resumable stage can use.
         """
         key = stage_key(stage, version, settings, inputs)
-        folder = self.root / stage / key
-        stored = self._stored(stage, key, folder)
-        if stored is not None:
-            log.info("%s %s: reused", stage, key[:12])
-            return stored
-        log.info("%s %s: computing", stage, key[:12])
-        with self._partial_folder(folder, resumable) as partial:
-            with measured() as cost:
-                compute(partial)
-            content = {
-                "stage": stage,
-                "key": key,
-                "version": version,
-                "settings": describe(settings),
-                "inputs": list(inputs),
-                "seconds": cost.seconds,
-                "peak_memory_gib": cost.peak_memory_gib,
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "files": _digests(partial),
-            }
-            (partial / RECORD).write_text(json.dumps(content, indent=1))
-        log.info("%s %s: %.1f s, peak %.2f GiB", stage, key[:12], cost.seconds, cost.peak_memory_gib)
-        return Artifact(stage, key, folder, False, cost.seconds, cost.peak_memory_gib)
+        content = {"stage": stage, "key": key, "version": version, "settings": describe(settings)}
+        content["inputs"] = list(inputs)
+        wanted = _Wanted(stage, key, self.root / stage / key, content, compute, resumable)
+        artifact = self._find(wanted)
+        if artifact is not None and lease_folder(wanted.folder).exists():
+            clear_away(wanted.folder)
+        while artifact is None:
+            artifact = self._take_turn(wanted) or self._find(wanted)
+        self._in_use.add(artifact.folder)
+        self.progress.finished(artifact)
+        return artifact
 
-    def _stored(self, stage: str, key: str, folder: Path) -> Artifact | None:
-        """The finished stage in ``folder``; None where there is none, or where it was damaged and is now gone."""
-        if not folder.exists():
-            return None
+    def _find(self, wanted: _Wanted, replace: bool = False) -> Artifact | None:
+        """The finished stage; None where there is none, or a damaged one, which goes away if it is to be replaced."""
         try:
-            record = json.loads((folder / RECORD).read_text())
-            if record["files"] == _digests(folder):
-                return Artifact(stage, key, folder, True, record["seconds"], record["peak_memory_gib"])
-            reason = "its files do not match their digests"
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = repr(error)
-        log.warning("cached stage %s is damaged (%s): computing it again", folder, reason)
-        with _disk_errors(folder):
-            damaged = folder.with_name(f".damaged-{folder.name}-{uuid.uuid4().hex[:8]}")
-            folder.rename(damaged)
-            shutil.rmtree(damaged)
+            mark_used(wanted.folder)
+            record = read_sound_record(wanted.folder)
+            artifact = Artifact(
+                wanted.stage, wanted.key, wanted.folder, True, record["seconds"], record["peak_memory_gib"]
+            )
+        except FileNotFoundError:
+            return None
+        except (DamagedError, KeyError) as error:
+            if replace:
+                log.warning("cached stage %s is damaged (%s): computing it again", wanted.folder, error)
+                set_aside(wanted.folder)
+            return None
+        log.info("%s: reused", wanted)
+        return artifact
+
+    def _take_turn(self, wanted: _Wanted) -> Artifact | None:
+        """The stage as this process makes or finds it when it holds the lease; None when it is to look again."""
+        owner = Owner.here(self._made_by.get("run", ""))
+        work = Workplace(wanted.folder, owner)
+        with disk_errors(wanted.folder.parent, work.content):
+            lease = take_turn(
+                lease_folder(wanted.folder),
+                str(wanted),
+                owner,
+                self._timing,
+                lambda held: self.progress.waiting(wanted.stage, wanted.key, str(held)),
+                self._in_use.mark,
+            )
+            if lease is None:
+                return None
+            with lease.kept(self._timing.beat, self._in_use.mark):
+                work.open()
+                with _left_or_lost(work, wanted):
+                    return self._find_or_compute(wanted, work)
         return None
 
-    @contextmanager
-    def _partial_folder(self, folder: Path, resumable: bool) -> Iterator[Path]:
-        """A folder to write into, renamed to its final name on success; removed on any failure unless resumable."""
-        owner = f"{socket.gethostname()}-{os.getpid()}"
-        partial = folder.with_name(f".partial-{folder.name}-{owner}")
-        with _disk_errors(folder):
-            for abandoned in _abandoned(folder):
-                if resumable and not partial.exists():
-                    with suppress(OSError):  # another run was faster
-                        abandoned.rename(partial)
-                        log.info("going on from what %s left", abandoned.name)
-                else:
-                    shutil.rmtree(abandoned, ignore_errors=True)
-            if not resumable:
-                shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True, exist_ok=True)
-            try:
-                with _signs_of_life(partial):
-                    yield partial
-                shutil.rmtree(partial / WALK, ignore_errors=True)  # not before: without it nothing could be resumed
-                _publish(partial, folder)
-            except BaseException:
-                if not resumable:
-                    shutil.rmtree(partial, ignore_errors=True)
-                raise
-            shutil.rmtree(partial, ignore_errors=True)  # where another run published first
+    def _find_or_compute(self, wanted: _Wanted, work: Workplace) -> Artifact:
+        # Only after this can nobody else publish, and only then is it worth looking whether somebody did.
+        work.fence_others()
+        found = self._find(wanted, replace=True)
+        work.clear_others(go_on=wanted.resumable and found is None)
+        if found is not None:
+            work.discard()
+            return found
+        log.info("%s: computing", wanted)
+        self.progress.computing(wanted.stage, wanted.key, work.content)
+        with measured() as cost:
+            wanted.compute(work.content)
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        cost_content = {"seconds": cost.seconds, "peak_memory_gib": cost.peak_memory_gib}
+        write_record(work.content, {**wanted.content, **cost_content, "created": created, "made_by": self._made_by})
+        shutil.rmtree(work.content / WALK, ignore_errors=True)  # not before: without it nothing could be resumed
+        work.publish()
+        log.info("%s: %.1f s, peak %.2f GiB", wanted, cost.seconds, cost.peak_memory_gib)
+        return Artifact(wanted.stage, wanted.key, wanted.folder, False, cost.seconds, cost.peak_memory_gib)
 
 
 @contextmanager
-def _signs_of_life(partial: Path) -> Iterator[None]:
-    """Within the context the folder looks freshly written, so that no other machine takes it for abandoned."""
-    ended = threading.Event()
-
-    def touch() -> None:
-        while not ended.wait(SIGN_OF_LIFE_SECONDS):
-            with suppress(OSError):  # the computation itself will say what is wrong with the folder
-                os.utime(partial)
-
-    thread = threading.Thread(target=touch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    try:
-        partial.rename(folder)
-    except OSError as error:
-        # Another run finished the same stage first; its result is as good as ours.
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-
-
-def _abandoned(folder: Path) -> list[Path]:
-    """What processes that are no more left of the same stage; what was written to last comes first."""
-    prefix = f".partial-{folder.name}-"
-    own = f"{prefix}{socket.gethostname()}-"
-    left: list[tuple[float, Path]] = []
-    for partial in folder.parent.glob(f"{prefix}*"):
-        process = partial.name.removeprefix(own)
-        last = _last_written(partial)
-        # Anything but a number belongs to another machine, perhaps one whose name begins like ours.
-        if partial.name.startswith(own) and process.isdigit():
-            abandoned = not psutil.pid_exists(int(process))
-        else:
-            abandoned = time.time() - last > ABANDONED_AFTER_SECONDS
-        if abandoned:
-            left.append((last, partial))
-    return [partial for _, partial in sorted(left, reverse=True)]
-
-
-def _last_written(folder: Path) -> float:
-    """Seconds since the epoch; 0 for a folder that just vanished."""
-    times = [0.0]
-    for entry in [folder, *folder.rglob("*")]:
-        with suppress(OSError):  # renamed or removed by its owner meanwhile
-            times.append(entry.stat().st_mtime)
-    return max(times)
-
-
-@contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
+def _left_or_lost(work: Workplace, wanted: _Wanted) -> Iterator[None]:
+    """What fails inside leaves its work to the next one, or nothing. Whatever fails because another process has taken
+    the stage over is no failure."""
     try:
         yield
     except Exception as error:
-        message = str(error)
-        # safetensors reports a full disk as an error of its own.
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in message
-        if full:
-            raise CacheError(
-                f"No disk space left while writing {folder.parent}.\nFree some space or choose another place with "
-                "cache_dir=/path; the next run goes on from the finished stages."
-            ) from error
-        if isinstance(error, (PermissionError, NotADirectoryError)) or getattr(error, "errno", None) == errno.EROFS:
-            raise CacheError(
-                f"The cache {folder.parent} cannot be written: {message}.\nChoose another place with cache_dir=/path."
-            ) from error
+        if not work.is_lost():
+            work.leave(wanted.resumable)
+            raise
+        now = holder(lease_folder(wanted.folder))
+        log.warning(
+            "%s: this process gave no sign of life and lost the stage to %s; using that result (%r here)",
+            wanted,
+            now or "another one, which has finished",
+            error,
+        )
+        work.discard()
+    except BaseException:
+        work.leave(wanted.resumable)
         raise
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file that is part of the result."""
-    state = folder / WALK
-    files = sorted(
-        file for file in folder.rglob("*") if file.is_file() and file.name != RECORD and state not in file.parents
-    )
-    return {str(file.relative_to(folder)): _digest(file) for file in files}
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _own_version() -> str:
+    try:
+        return version("moeprune")
+    except PackageNotFoundError:
+        return ""
