@@ -2,7 +2,7 @@
 
 import itertools
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from moeprune.errors import InputError
 
 CONF = config_folder()
 FILES = sorted(CONF.rglob("*.yaml"))
-CHOICES = [(file.parent.name, file.stem) for file in FILES if file.parent != CONF]
+CHOICES = [(file.parent.relative_to(CONF).as_posix(), file.stem) for file in FILES if file.parent != CONF]
 
 each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONF)))
 
@@ -46,6 +46,16 @@ def every_point(overrides: list[str]) -> list[list[str]]:
         for override in parsed
     ]
     return [list(point) for point in itertools.product(*values)]
+
+
+def points_of_sweep(swept: Mapping[str, str]) -> list[list[str]]:
+    """Every combination of choices, and every combination of plain values such as ratios, each at least once; what
+    composes is a matter of the choices, so not each with each of the others."""
+    choices = {key: value for key, value in swept.items() if (CONF / key).is_dir()}
+    values = {key: value for key, value in swept.items() if key not in choices}
+    first, second = (every_point([f"{key}={value}" for key, value in some.items()]) for some in (choices, values))
+    pairs = zip(itertools.cycle(first), itertools.cycle(second), strict=False)
+    return [[*one, *other] for one, other in itertools.islice(pairs, max(len(first), len(second)))]
 
 
 def assert_works(config: DictConfig) -> None:
@@ -84,7 +94,7 @@ def test_every_file_begins_with_a_command_that_uses_it(file):
         assert (program, file.stem) in [("moeprune", "config"), (f"moeprune-{file.stem}", file.stem)]
     else:
         assert program == "moeprune"
-        assert f"{file.parent.name}={file.stem}" in words
+        assert f"{file.parent.relative_to(CONF).as_posix()}={file.stem}" in words
 
 
 @each_file
@@ -98,7 +108,7 @@ def test_the_command_of_every_file_works(file):
     for point in every_point(overrides):
         config = compose("config", overrides=point, return_hydra_config=True)
         swept = config.hydra.sweeper.params or {}
-        for inner in every_point([f"{key}={value}" for key, value in swept.items()]):
+        for inner in points_of_sweep(swept):
             assert_works(compose("config", overrides=[*point, *inner]))
 
 

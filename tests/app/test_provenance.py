@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from moeprune.app import provenance as module
+from moeprune.app.git import git_state
 from moeprune.app.provenance import PACKAGES, provenance
 
 SECRETS = {
@@ -50,4 +51,4 @@ def test_without_git_or_outside_a_repository_there_is_no_git_state(monkeypatch, 
         raise error
 
     monkeypatch.setattr(subprocess, "run", fail)
-    assert module._git_state() is None
+    assert git_state() is None

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-import moeprune
+from moeprune.app.git import git_state
 
 PACKAGES = (
     "moeprune", "torch", "transformers", "safetensors", "tokenizers", "bitsandbytes", "lm-eval", "lightning", "peft",
@@ -25,7 +24,7 @@ def provenance(seed: int) -> dict[str, object]:
         "seed": seed,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "git": _git_state(),
+        "git": git_state(),
         "hardware": {
             "host": platform.node(),
             "system": platform.platform(),
@@ -42,21 +41,4 @@ def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
-        return None
-
-
-def _git_state() -> dict[str, object] | None:
-    """Commit of the source tree and whether it had changes; None for an installed package."""
-
-    def git(*words: str) -> str:
-        source = Path(moeprune.__file__).parent
-        return subprocess.run(
-            ["git", "-C", str(source), *words], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-
-    try:
-        if not git("ls-files", "__init__.py"):
-            return None
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
         return None
