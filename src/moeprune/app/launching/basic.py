@@ -1,10 +1,13 @@
 """``hydra/launcher=basic``: one job after the other in this process."""
 
+import importlib
 import logging
+import pkgutil
 from collections.abc import Sequence
 
 from hydra.core.utils import JobReturn, configure_log, setup_globals
 
+import moeprune
 from moeprune.app.launching.compose import Sweep, compose_jobs, record_jobs
 
 log = logging.getLogger(__name__)
@@ -18,6 +21,7 @@ def launch_here(sweep: Sweep, job_overrides: Sequence[Sequence[str]], first: int
     sweep.folder.mkdir(parents=True, exist_ok=True)
     jobs = compose_jobs(sweep, job_overrides, first)
     record_jobs(sweep, jobs, [None] * len(jobs), snapshot=None)
+    _load_all_code()
     log.info("%d jobs, one after the other, in %s", len(jobs), sweep.folder)
     results = []
     for job in jobs:
@@ -25,3 +29,10 @@ def launch_here(sweep: Sweep, job_overrides: Sequence[Sequence[str]], first: int
         results.append(job.run(sweep))
         configure_log(hydra.hydra_logging, hydra.verbose)  # the job's log file is the job's own
     return results
+
+
+def _load_all_code() -> None:
+    """Import every module of the package, so that what is edited while the sweep runs changes no later job."""
+    for module in pkgutil.walk_packages(moeprune.__path__, "moeprune."):
+        if module.name != "moeprune.__main__":
+            importlib.import_module(module.name)

@@ -1,0 +1,36 @@
+"""``moeprune-report``: tables and plots of runs that somebody else started, or that drew none."""
+
+import shutil
+
+import pytest
+
+from moeprune.app.report_command import run_report
+from moeprune.errors import InputError
+
+
+def test_jobs_of_a_sweep_draw_nothing_and_the_command_draws_it_all(here, tiny):
+    outcome = here("--multirun", *tiny, "ratio=0.25,0.5")
+    assert outcome.code == 0
+    sweep = outcome.manifests[0].parents[1]
+    assert not list(sweep.glob("[01]/*.png"))
+    assert run_report([str(sweep)]) == 0
+    assert (sweep / "sweep.md").exists()
+    assert all((sweep / job / "kept_channels.png").exists() for job in "01")
+
+
+def test_of_a_run_it_prints_the_tables_of_the_run(here, tiny, capfd):
+    outcome = here(*tiny, "ratio=0.5")
+    run = outcome.manifests[0].parent
+    for file in (*run.glob("*.png"), run / "table.md"):
+        file.unlink()
+    assert run_report([str(run)]) == 0
+    assert "ratio 0.5: quality" in capfd.readouterr().out
+    assert (run / "table.md").exists() and (run / "score_concentration.png").exists()
+
+
+def test_a_folder_of_neither_is_told(tmp_path):
+    with pytest.raises(InputError, match="holds no runs"):
+        run_report([str(tmp_path)])
+    shutil.rmtree(tmp_path)
+    with pytest.raises(InputError, match="holds no runs"):
+        run_report([str(tmp_path)])
