@@ -4,6 +4,7 @@ import importlib
 import logging
 import pkgutil
 from collections.abc import Sequence
+from contextlib import suppress
 
 from hydra.core.utils import JobReturn, configure_log, setup_globals
 
@@ -35,4 +36,5 @@ def _load_all_code() -> None:
     """Import every module of the package, so that what is edited while the sweep runs changes no later job."""
     for module in pkgutil.walk_packages(moeprune.__path__, "moeprune."):
         if module.name != "moeprune.__main__":
-            importlib.import_module(module.name)
+            with suppress(ModuleNotFoundError):  # what belongs to an extra that is not installed
+                importlib.import_module(module.name)
