@@ -28,7 +28,7 @@ ALPHA = 0.9
 def model_and_windows(request):
     source = ModelSource(request.param, f"embedded:{request.param}", "bfloat16", "float32", 8, 16)
     text = training_text("prose")
-    return source.load(), windows_of_text(source.tokenizer(), text, name="prose", count=8, length=128, seed=0)
+    return source.load(), windows_of_text(source.tokenizer(), text, name="prose", count=4, length=128, seed=0)
 
 
 @torch.no_grad()
@@ -78,17 +78,14 @@ def ablated_with_rerouting(model, calls):
     """The loss of each layer with one expert and its router row removed by the real surgery [L, E]."""
     layers = moe_layers(model)
     every, none = torch.arange(layers[0].widths[0]), torch.arange(0)
-    losses = []
-    for index, (args, kwargs, y_BTH) in enumerate(calls):
-        of_layer = []
-        for removed in range(layers[0].expert_count):
-            kept = [[every] * layer.expert_count for layer in layers]
-            kept[index][removed] = none
-            plan = Plan(tuple(tuple(layer) for layer in kept), len(every))
-            pruned = moe_layers(prune(copy.deepcopy(model), plan))[index].decoder_layer
-            of_layer.append(block_loss(y_BTH, run_layer(pruned, args, kwargs)))
-        losses.append(of_layer)
-    return torch.tensor(losses, dtype=torch.float64)
+    losses = torch.empty(len(layers), layers[0].expert_count, dtype=torch.float64)
+    for removed in range(layers[0].expert_count):
+        # Of all layers at once, as each is then run by itself.
+        kept = tuple(none if expert == removed else every for expert in range(layers[0].expert_count))
+        pruned = prune(copy.deepcopy(model), Plan((kept,) * len(layers), len(every)))
+        for index, (layer, (args, kwargs, y_BTH)) in enumerate(zip(moe_layers(pruned), calls, strict=True)):
+            losses[index, removed] = block_loss(y_BTH, run_layer(layer.decoder_layer, args, kwargs))
+    return losses
 
 
 def timed(work, *inputs):

@@ -1,11 +1,13 @@
-"""Several processes give what one does; experts that only some of them reach included."""
+"""Several processes, here those of two tasks, give what one does; experts that only some of them reach included."""
 
 import dataclasses
-import logging.handlers
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +16,9 @@ import torch
 from small_training import SETTINGS, cross_entropy, fails, run_all, train_on_several, trained
 
 from moeprune.errors import BudgetError, InputError
-from moeprune.training.distributed import _end_with, fabric_for, launch
+from moeprune.training.distributed import fabric_for, launch
+from moeprune.training.processes import end_with
+from moeprune.training.tasks import lead
 
 DROPOUT = 0.2
 
@@ -31,14 +35,23 @@ def folder(tmp_path_factory):
         partial(train_on_several, folder / "fsdp", dataclasses.replace(several, strategy="fsdp"), DROPOUT),
         partial(fails, BudgetError("said in a process")),
     ]
-    logged = logging.handlers.BufferingHandler(100)
-    torch_log = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
-    torch_log.addHandler(logged)
-    with pytest.raises(BudgetError, match="said in a process"):
+    variables, said = pytest.MonkeyPatch.context(), pytest.raises(BudgetError, match="said in a process")
+    with variables as context, second_task(folder, context), lead(folder), said:
         launch(run_all, [jobs], 2)
-    torch_log.removeHandler(logged)
-    assert not any(record.exc_info for record in logged.buffer)  # a user's mistake shows no traceback
     return folder
+
+
+@contextmanager
+def second_task(folder, variables):
+    """That of a SLURM job of two tasks, on a node with another name; this process is the first."""
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}.items():
+        variables.setenv(name, value)
+    follows = "socket.gethostname = lambda: 'other'; tasks.follow(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", f"import pathlib, socket, sys; from moeprune.training import tasks; {follows}"]
+    environment = {**os.environ, "SLURM_PROCID": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([*command, str(folder)], env=environment) as task:
+        yield
+    assert task.returncode == 0
 
 
 class StoppedError(Exception):
@@ -65,27 +78,28 @@ def assert_close(values, model) -> None:
         torch.testing.assert_close(values[name], tensor, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("run", ["ddp", "resumed"])
-def test_two_processes_end_equal_to_each_other_and_to_one(folder, alone, run):
-    first, second = (torch.load(folder / run / f"rank_{rank}.pt") for rank in (0, 1))
-    assert first.keys() == second.keys()
-    trained_names = [name for name in first if not name.startswith("embedding")]
-    assert all(torch.equal(first[name], second[name]) for name in trained_names)
-    assert_close(first, alone)
+def never(model, batch):
+    raise AssertionError
 
 
-def test_sharded_processes_each_hold_a_part_of_what_one_has(folder, alone):
-    parts = [torch.load(folder / "fsdp" / f"rank_{rank}.pt") for rank in (0, 1)]
-    assert_close({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, alone)
-
-
-@pytest.mark.parametrize("run", ["ddp", "resumed", "fsdp"])
-def test_one_process_reads_back_what_several_trained(folder, alone, run):
-    def never(model, batch):
-        raise AssertionError
-
-    assert_close(trained(SETTINGS, folder / run, dropout=DROPOUT, objective=never).state_dict(), alone)
-    assert len((folder / run / "loss_curve.jsonl").read_text().splitlines()) == 3
+def test_two_processes_end_equal_to_each_other_and_to_one(folder, alone, subtests):
+    """One test, as several may be shared out among processes that would each train."""
+    runs = ("ddp", "resumed", "fsdp")
+    parts = {run: [torch.load(folder / run / f"rank_{rank}.pt") for rank in (0, 1)] for run in runs}
+    for run in ("ddp", "resumed"):
+        first, second = parts[run]
+        with subtests.test(run):
+            assert first.keys() == second.keys()
+            trained_names = [name for name in first if not name.startswith("embedding")]
+            assert all(torch.equal(first[name], second[name]) for name in trained_names)
+            assert_close(first, alone)
+    with subtests.test("each holds a part of what one has"):
+        assert_close({name: torch.cat([part[name] for part in parts["fsdp"]]) for name in parts["fsdp"][0]}, alone)
+    for run in parts:
+        with subtests.test(f"one process reads back {run}"):
+            read_back = trained(SETTINGS, folder / run, dropout=DROPOUT, objective=never)
+            assert_close(read_back.state_dict(), alone)
+            assert len((folder / run / "loss_curve.jsonl").read_text().splitlines()) == 3
 
 
 def test_one_device_needs_no_process():
@@ -103,7 +117,7 @@ def killed_with_a_child(folder) -> None:
     parent = os.getpid()
     if os.fork() == 0:
         (folder / "child").write_text(str(os.getpid()))
-        _end_with(parent)
+        end_with(parent)
     while not (folder / "child").exists():
         time.sleep(0.01)
     os.kill(parent, signal.SIGKILL)

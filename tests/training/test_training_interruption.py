@@ -5,12 +5,15 @@ import json
 import logging
 import multiprocessing
 import os
+import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from preempting import lines_of, preempted_again_and_again, signalled
 from small_training import SETTINGS, cross_entropy, trained
 
 from moeprune.errors import InputError
@@ -39,6 +42,11 @@ class KilledAt:
         if self.left == 0:
             kill()
         return cross_entropy(model, batch)
+
+
+def slow(model, batch):
+    time.sleep(0.01)
+    return cross_entropy(model, batch)
 
 
 def killed_in_training(folder, call) -> None:
@@ -142,6 +150,36 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(uninterrupted, tm
     assert_as_uninterrupted(uninterrupted, tmp_path)
 
 
+STATE = ("training/run.py", "training/checkpoints.py", "training/curve.py")
+WORK = ("training/steps.py", "training/learner.py")
+
+
+@pytest.mark.parametrize("files", [STATE, WORK], ids=["state", "work"])
+def test_a_run_preempted_at_any_line_ends_as_one_that_was_not(uninterrupted, tmp_path, files):
+    """As by Submitit's handler, which raises SystemExit wherever the main thread is."""
+
+    def job(folder) -> None:
+        trained(LONG, folder, dropout=DROPOUT)
+
+    lines = lines_of(partial(job, tmp_path / "counted"), files, tmp_path / "lines")
+    for seed in range(2):
+        folder = tmp_path / str(seed)
+        assert preempted_again_and_again(partial(job, folder), files, lines // 2, seed) > 1
+        assert_as_uninterrupted(uninterrupted, folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGKILL])
+def test_a_run_stopped_at_any_moment_ends_as_one_that_was_not(uninterrupted, tmp_path, number):
+    def job() -> None:
+        trained(LONG, tmp_path, dropout=DROPOUT, objective=slow)
+
+    rng, cut_short = random.Random(0), 0
+    for _ in range(4):
+        cut_short += signalled(job, number, rng.uniform(0.05, 0.2)) != 0
+    assert cut_short > 1
+    assert_as_uninterrupted(uninterrupted, tmp_path)
+
+
 def test_checkpoints_hold_what_trains_and_the_last_two_stay(uninterrupted, tmp_path):
     del uninterrupted
     trained(SETTINGS, tmp_path)
@@ -185,10 +223,6 @@ def test_a_damaged_checkpoint_goes_with_the_next_that_is_written(tmp_path):
 
 
 def test_checkpoints_by_time_come_between_those_by_steps(tmp_path):
-    def slow(model, batch):
-        time.sleep(0.01)
-        return cross_entropy(model, batch)
-
     settings = dataclasses.replace(SETTINGS, checkpoint_every_steps=100, checkpoint_every_min=0.001 / 60)
     trained(settings, tmp_path, objective=slow)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())

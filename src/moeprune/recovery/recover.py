@@ -27,6 +27,7 @@ from moeprune.training.distributed import launch
 from moeprune.training.fine_tuning import FineTuning, fit
 from moeprune.training.learner import ParameterGroup
 from moeprune.training.steps import Objective
+from moeprune.training.tasks import require_as_many_tasks
 
 WALK, TRAINING, WINDOWS = "walk", "training", "windows.safetensors"
 DETAILS, LOSS_CURVE = "recovery.json", "loss_curve.jsonl"
@@ -73,7 +74,8 @@ class Recovery:
         return self.merge is not False or not self.weights.adds_adapters
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raise InputError for training data that is bound to fail, where it can tell."""
+        """Raise InputError for training data that is bound to fail, where it can tell, and for tasks left idle."""
+        require_as_many_tasks(self.training.devices)
         check = getattr(self.data, "check", None)
         if check is not None:
             check(tokenizer)

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import socket
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +19,8 @@ from moeprune.errors import InputError
 log = logging.getLogger(__name__)
 
 KEPT = 2
+SEEN_WITHIN_S = 60.0  # by another host
+DAMAGE = (SafetensorError, OSError, KeyError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Checkpoints:
         save_file(dict(tensors), partial, metadata=header)
         with partial.open("rb") as written:
             os.fsync(written.fileno())
-        partial.replace(self.folder / f"step_{progress.step:08d}.safetensors")
+        partial.replace(self._path(progress.step))
         # Later ones are damaged: a run goes on from the last one that is not.
         steps = {path: int(path.stem.removeprefix("step_")) for path in self._paths()}
         earlier = [path for path, step in steps.items() if step <= progress.step]
@@ -65,15 +69,37 @@ class Checkpoints:
         """
         for path in reversed(self._paths()):
             try:
-                with safe_open(path, framework="pt") as stored:
-                    header, tensors = stored.metadata(), {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-                identity, progress = json.loads(header["identity"]), json.loads(header["progress"])
-            except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+                return self._read(path)
+            except DAMAGE as error:
                 log.warning("checkpoint %s is damaged (%s); the one before it is used", path, error)
-                continue
-            self._require_same(identity)
-            return tensors, Progress(**{**progress, "unwritten": tuple(progress["unwritten"])})
         return None
+
+    def of_step(self, step: int) -> tuple[dict[str, Tensor], Progress]:
+        """The checkpoint that another process has found, perhaps on another host.
+
+        Raises InputError when it cannot be read here, or belongs to a run with other settings.
+        """
+        path, deadline = self._path(step), time.monotonic() + SEEN_WITHIN_S
+        # A shared file system may remember for a while what was in a folder.
+        while path not in self._paths() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        try:
+            return self._read(path)
+        except DAMAGE as error:
+            raise InputError(
+                f"{socket.gethostname()} cannot read the checkpoint {path} of another process ({error}).",
+                change="Use a cache_dir on a file system that all nodes of the job share.",
+            ) from None
+
+    def _read(self, path: Path) -> tuple[dict[str, Tensor], Progress]:
+        with safe_open(path, framework="pt") as stored:
+            header, tensors = stored.metadata(), {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        identity, progress = json.loads(header["identity"]), json.loads(header["progress"])
+        self._require_same(identity)
+        return tensors, Progress(**{**progress, "unwritten": tuple(progress["unwritten"])})
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}.safetensors"
 
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("step_*.safetensors"))

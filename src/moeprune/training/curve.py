@@ -1,9 +1,10 @@
 """The loss curve of a training run, one JSON line per point."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 class LossCurve:
@@ -17,12 +18,20 @@ class LossCurve:
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         kept = [line for line in lines if _step(line) <= step]
         partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in kept))
+        with partial.open("w") as curve:
+            _write(curve, "".join(f"{line}\n" for line in kept))
         partial.replace(self._path)
 
     def append(self, point: Mapping[str, Any]) -> None:
         with self._path.open("a") as curve:
-            curve.write(json.dumps(point) + "\n")
+            _write(curve, json.dumps(point) + "\n")
+
+
+def _write(curve: TextIO, lines: str) -> None:
+    """What a checkpoint stands for is on the disk before it, also where the host crashes."""
+    curve.write(lines)
+    curve.flush()
+    os.fsync(curve.fileno())
 
 
 def _step(line: str) -> float:

@@ -1,14 +1,9 @@
 """Processes, devices and precision: one process per device, and how the model is spread over them."""
 
-import json
-import logging
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from threading import Thread
+import pickle
+import socket
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,98 +12,55 @@ from lightning.fabric.plugins import MixedPrecision, Precision
 from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor, distributed, nn
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from moeprune import errors
-from moeprune.errors import InputError, MoepruneError
+from moeprune.errors import InputError
 from moeprune.models.adapter import decoder_layers
+from moeprune.training.processes import Order
+from moeprune.training.tasks import current_crew, require_as_many_tasks, work_together
 
 
 def launch(function: Callable[..., None], arguments: Sequence[Any], devices: int) -> None:
     """Call a picklable ``function(*arguments)`` in ``devices`` new processes at once; for one device, in this process.
 
-    The processes find each other by the variables that torchrun sets, and ``cuda`` is each one's own device. They end
-    with this process. What they return is lost: let the first leave a file.
+    They are all here, or, in a job of several tasks (`lead`), one in each task. They find each other by the variables
+    that torchrun sets, and ``cuda`` is each one's own device. They end with this process. What they return is lost: let
+    the first leave a file.
 
-    Raises InputError when there are fewer devices, and the MoepruneError that any process raises.
+    Raises InputError when there are fewer devices, or more or fewer tasks; the MoepruneError that any process raises;
+    LostProcessError when one is killed.
     """
     if devices == 1:
         function(*arguments)
         return
-    if torch.cuda.is_available() and torch.cuda.device_count() < devices:
+    crew = current_crew()
+    require_as_many_tasks(devices)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and crew is None and torch.cuda.device_count() < devices:
         raise InputError(f"devices={devices} is more than there are.", change=f"Use {torch.cuda.device_count()}.")
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=devices,
-        run_id="moeprune",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",  # any free port
-        local_addr="localhost",
-        start_method="spawn",
-        max_restarts=0,
-    )
-    with TemporaryDirectory() as folder:
-        message, threads = Path(folder) / "error.json", max(1, torch.get_num_threads() // devices)
-        try:
-            with _tracebacks_logged_unless(message):
-                elastic_launch(config, _call)(function, tuple(arguments), message, threads, os.getpid())
-        except ChildFailedError:
-            if message.exists():
-                raise _error_of(message) from None
-            raise
+    threads = torch.get_num_threads() if crew else max(1, torch.get_num_threads() // devices)
+    meeting = distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # any free port
+    call = pickle.dumps((_call, (function, tuple(arguments), threads, on_gpu)))
+    work_together(Order(call, devices, meeting.port))
 
 
-@contextmanager
-def _tracebacks_logged_unless(message: Path) -> Iterator[None]:
-    """Within the context torch does not log the traceback of an error that has left its message there."""
-
-    def is_untold(_record: logging.LogRecord) -> bool:
-        return not message.exists()
-
-    torch_log = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
-    torch_log.addFilter(is_untold)
-    try:
-        yield
-    finally:
-        torch_log.removeFilter(is_untold)
-
-
-def _call(function: Callable[..., None], arguments: Sequence[Any], message: Path, threads: int, parent: int) -> None:
-    """What each new process does."""
-    Thread(target=_end_with, args=[parent], daemon=True).start()
+def _call(function: Callable[..., None], arguments: Sequence[Any], threads: int, on_gpu: bool) -> None:
+    """What each new process does. Raises InputError where the first task has a GPU and this one has none."""
     torch.set_num_threads(threads)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    try:
-        function(*arguments)
-    except MoepruneError as error:
-        own = message.with_suffix(f".{os.environ['RANK']}")
-        own.write_text(json.dumps({"kind": type(error).__name__, "message": str(error)}))
-        own.replace(message)
-        raise
+    if on_gpu and not torch.cuda.is_available():
+        raise InputError(
+            f"Process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} on {socket.gethostname()} sees no GPU.",
+            change="Ask for as many GPUs as tasks on each node (gpus_per_node, tasks_per_node).",
+        )
+    function(*arguments)
     if distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def _end_with(parent: int) -> None:
-    """End this process when the one that started it is killed: nobody would see to it any more."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def _error_of(message: Path) -> MoepruneError:
-    said = json.loads(message.read_text())
-    return getattr(errors, said["kind"])(said["message"])
 
 
 def fabric_for(device: torch.device, *, devices: int = 1, strategy: str = "auto", precision: str = "32-true") -> Fabric:
     """Lightning's view of the devices; several want the processes of `launch`, one is ``device`` itself.
 
-    A SLURM job's variables are not read: its tasks are none of ours, and its signals stay with who started the job.
+    A SLURM job's variables are not read: `launch` has said what counts, and signals stay with who started the job.
     ``32-true`` and ``bf16-true`` compute in the types that the weights have. Strategies: ``ddp`` (``auto``), and
     ``fsdp``, which also shards the weights that do not train.
 
@@ -123,8 +75,10 @@ def fabric_for(device: torch.device, *, devices: int = 1, strategy: str = "auto"
         single = SingleDeviceStrategy(device)
         return Fabric(accelerator=device.type, strategy=single, plugins=[plugin, LightningEnvironment()])
     spread = ModelParallelStrategy(_shard, devices, 1) if strategy == "fsdp" else _data_parallel()
+    # Each process is a host of one device, as what it sees.
+    environment = TorchElasticEnvironment()
     fabric = Fabric(
-        accelerator=device.type, devices=devices, strategy=spread, plugins=[plugin, TorchElasticEnvironment()]
+        accelerator=device.type, devices=1, num_nodes=devices, strategy=spread, plugins=[plugin, environment]
     )
     fabric.launch()
     return fabric

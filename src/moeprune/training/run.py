@@ -156,7 +156,10 @@ class Run:
 
     def _resumed(self) -> Progress:
         """Put everything as the last checkpoint has it, where there is one."""
-        found = self._checkpoints.latest()
+        found = self._checkpoints.latest() if self._is_first else None
+        step = self._learner.fabric.broadcast(found[1].step if found else None)
+        if step is not None and not self._is_first:
+            found = self._checkpoints.of_step(step)
         tensors, progress = found if found else ({}, Progress())
         if found:
             log.info("training goes on from step %d", progress.step)
