@@ -74,7 +74,7 @@ def test_the_sites_lines_words_and_options_come_first_and_stay(tmp_path, monkeyp
     parameters = sbatch_parameters(asked, "slurm", Path("/sweep/snap"))
     assert parameters["additional_parameters"] == {"mail-type": "END", "licenses": "a", "requeue": True}
     assert parameters["setup"][1:3] == ["module purge", "ulimit -n 4096"]
-    assert parameters["srun_args"] == ["--mpi=none", "--kill-on-bad-exit=1"]
+    assert parameters["srun_args"] == ["--mpi=none"]
 
 
 def test_a_job_that_may_not_come_back_says_so_to_slurm():
