@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Any
 
 
 @dataclass
@@ -35,16 +34,23 @@ def measured() -> Iterator[Cost]:
         cost.peak_memory_gib = _peak_bytes() / 2**30
 
 
+def _cuda() -> Any:
+    """torch.cuda; None where there is no GPU, or torch is not loaded, which alone takes seconds."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() else None
+
+
 def _reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if (cuda := _cuda()) is not None:
+        cuda.reset_peak_memory_stats()
     with suppress(OSError):  # not Linux, or not allowed: then the peak since the process started is reported
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    if (cuda := _cuda()) is not None:
+        peak_of_device: int = cuda.max_memory_allocated()
+        return peak_of_device
     try:
         status = Path("/proc/self/status").read_text()
         kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))

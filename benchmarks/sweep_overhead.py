@@ -1,0 +1,88 @@
+"""What a sweep takes beyond the work that nobody could spare it: a grid of 4 scorers x 4 allocators x 3 ratios by one
+multirun command with the basic launcher, against a bare loop over the same library calls in one process.
+
+The bare loop runs the statistics pass once, then makes 48 plans, prunes 48 times in memory and evaluates 48 pruned
+models and the dense one; it writes nothing, caches nothing, draws nothing and reports nothing. Both ends must find the
+same numbers. Seconds include the start of both processes.
+
+python benchmarks/sweep_overhead.py [--small]
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+SCORERS = ("attribution", "activation", "magnitude", "random")
+ALLOCATORS = ("coverage", "uniform", "channel_ranking", "optimal_coverage")
+RATIOS = (0.25, 0.5, 0.75)
+SMALL = (SCORERS[:2], ALLOCATORS[:2], RATIOS[1:2])
+CHOICES = ("model=tiny_qwen3_moe", "evaluation=quick", "tracking=none")
+
+
+def main() -> None:
+    grid = SMALL if "--small" in sys.argv else (SCORERS, ALLOCATORS, RATIOS)
+    if "--bare" in sys.argv:
+        print(json.dumps(_bare_loop(*grid)))
+        return
+    with TemporaryDirectory() as folder:
+        sweep_seconds, swept = _sweep(Path(folder), *grid)
+    size = ["--small"] if "--small" in sys.argv else []
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, __file__, "--bare", *size], capture_output=True, text=True, check=True)
+    bare_seconds, bare = time.perf_counter() - start, json.loads(done.stdout.splitlines()[-1])
+    assert swept == bare, "the sweep and the bare loop found different perplexities"
+    jobs = len(bare)
+    print("| jobs | bare loop s | multirun s | ratio | multirun beyond it, s a job |\n|---|---|---|---|---|")
+    beyond = (sweep_seconds - bare_seconds) / jobs
+    print(f"| {jobs} | {bare_seconds:.1f} | {sweep_seconds:.1f} | {sweep_seconds / bare_seconds:.3f} | {beyond:.2f} |")
+
+
+def _sweep(folder: Path, *grid: tuple) -> tuple[float, list[float]]:
+    """Seconds of the whole command, and the mean perplexity of each job in order."""
+    keys = ("scorer", "allocator", "ratio")
+    swept = [f"{key}={','.join(map(str, values))}" for key, values in zip(keys, grid, strict=True)]
+    command = [str(Path(sys.executable).with_name("moeprune")), "--multirun", *CHOICES, *swept, "hydra.sweep.dir=sweep"]
+    environment = {**os.environ, "MOEPRUNE_CACHE": str(folder / "cache")}
+    start = time.perf_counter()
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+    seconds = time.perf_counter() - start
+    jobs = sorted((folder / "sweep").glob("*/metrics.json"), key=lambda file: int(file.parent.name))
+    return seconds, [json.loads(job.read_text())["variants"][-1]["mean_perplexity"] for job in jobs]
+
+
+def _bare_loop(*grid: tuple) -> list[float]:
+    """The mean perplexity of each point of the grid, by library calls alone."""
+    from hydra import compose, initialize_config_dir
+
+    from moeprune.app.build import build_experiment
+    from moeprune.app.main import config_folder
+    from moeprune.calibration.statistics import collect_statistics
+    from moeprune.models.layers.workspace import IN_MEMORY
+    from moeprune.scoring.weights import with_expert_weights
+
+    found, scores = [], {}
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        first = build_experiment(compose("config", list(CHOICES)))
+        tokenizer = first.model.tokenizer()
+        windows = first.calibration.sample(tokenizer)
+        statistics = collect_statistics(first.model.load(), windows, first.calibration.batch_size)
+        first.evaluation(first.model.load(), tokenizer)
+        for scorer, allocator, ratio in product(*grid):
+            point = [f"scorer={scorer}", f"allocator={allocator}", f"ratio={ratio}"]
+            experiment = build_experiment(compose("config", [*CHOICES, *point]))
+            if scorer not in scores:
+                scores[scorer] = with_expert_weights(experiment.scorer(statistics), statistics)
+            plan = experiment.allocator(scores[scorer], experiment.budget())
+            model = experiment.model.load()
+            list(experiment.surgery(model, plan, statistics, windows, experiment.calibration.batch_size, IN_MEMORY))
+            found.append(experiment.evaluation(model, tokenizer)["mean_perplexity"])
+    return found
+
+
+if __name__ == "__main__":
+    main()
