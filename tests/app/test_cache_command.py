@@ -55,6 +55,14 @@ def test_list_shows_each_stage_its_size_its_model_and_what_made_it(root, command
     assert "evaluation/dense" in out and "statistics" not in out
 
 
+def test_brackets_and_colons_in_names_are_shown_as_they_are(root, command):
+    cache = StageCache(root, made_by={"run": "/at/[/a]/:x:", "model": "[red]m"})
+    cache.get("plan", 1, {}, [], lambda at: (at / "file.bin").write_bytes(b"1") and None)
+    code, out, _ = command("list")
+    assert code == 0
+    assert "/at/[/a]/:x:" in out and "[red]m" in out
+
+
 def test_verify_finds_a_flipped_byte_and_sets_the_stage_aside(root, command):
     folder = store(root, "scores")
     store(root, "plan")
@@ -102,3 +110,13 @@ def test_a_wrong_command_is_explained(root, command, words, said):
     code, _, error = command(*words)
     assert code == 2
     assert said in error
+
+
+def test_what_may_not_be_removed_is_not_counted_as_removed(root, command, monkeypatch):
+    """Files of another user, in a folder that only he may write."""
+    folder = store(root, "statistics", 20_000, days_ago=90)
+    monkeypatch.setattr("shutil.rmtree", lambda *_arguments, **_settings: None)
+    code, out, _ = command("prune", "--older-than", "30d")
+    assert code == 0
+    assert f"statistics {folder.name[:12]} stays" in out
+    assert "Removed 0, 0.000 GB; 0.020 GB left." in out

@@ -22,7 +22,7 @@ def explanation_of(*overrides: str, config_name: str = "config") -> str:
         initialize_config_dir(str(CONF), version_base="1.3"),
     ):
         compose(config_name, overrides=list(overrides))
-    error = explained(raised.value, CONF, config_name)
+    error = explained(raised.value, CONF, config_name, overrides)
     assert isinstance(error, MoepruneError)
     return str(error)
 
@@ -60,6 +60,42 @@ def test_an_unknown_setting_of_a_group_names_the_settings_of_its_choices():
     assert asked == "allocator.smoothing_round is not a setting of any allocator."
     assert near.startswith("Did you mean: allocator.smoothing_rounds")
     assert "allocator.expert_weight" in possible
+
+
+@pytest.mark.parametrize(
+    ("words", "nearest"),
+    [
+        (["hydra/launcher=slurm", "hydra.launcher.partitin=gpu"], "hydra.launcher.partition"),
+        (["hydra/launcher=slurm_cpu", "hydra.launcher.cpu_per_task=2"], "hydra.launcher.cpus_per_task"),
+        (["hydra/launcher=local", "hydra.launcher.paralel_jobs=2"], "hydra.launcher.parallel_jobs"),
+        (["hydra/sweeper=optuna", "hydra.sweeper.trial=2"], "hydra.sweeper.trials"),
+        (["hydra.sweeper.max_batch=2"], "hydra.sweeper.max_batch_size"),
+    ],
+)
+def test_an_unknown_setting_of_a_launcher_or_sweeper_names_those_of_the_chosen_one(words, nearest):
+    asked, near, possible = explanation_of(*words).splitlines()
+    chosen = words[0] if len(words) > 1 else "hydra/sweeper=basic"
+    assert asked == f"{words[-1].split('=')[0]} is not a setting of {chosen}."
+    assert near.startswith(f"Did you mean: {nearest}")
+    listed = possible.removeprefix("Possible: ").rstrip(".").split(", ")
+    assert nearest in listed and all(name.startswith(f"{nearest.rpartition('.')[0]}.") for name in listed)
+
+
+def test_a_setting_of_another_launcher_names_the_launcher():
+    assert explanation_of("hydra.launcher.parallel_jobs=2") == (
+        "hydra.launcher.parallel_jobs is not a setting of hydra/launcher=basic.\n"
+        "It is one of hydra/launcher=NAME, where NAME is local."
+    )
+
+
+def test_a_further_option_of_sbatch_needs_a_plus():
+    asked = "hydra.launcher.additional_parameters.reservation"
+    told = explanation_of("hydra/launcher=slurm", f"{asked}=friday")
+    assert told == f"{asked} is not there yet.\nAdd it with a + before: +{asked}=VALUE."
+
+
+def test_an_unknown_setting_of_hydra_names_the_nearest():
+    assert "Did you mean: hydra.sweep" in explanation_of("hydra.swep.dir=there")
 
 
 def test_an_override_that_cannot_be_parsed_shows_how_one_looks():

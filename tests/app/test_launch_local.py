@@ -9,13 +9,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import hydra
 import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from moeprune.app.launching.local import LocalSettings, environment_of_jobs, gpus_of_slots
+import moeprune
+from moeprune.app.launching import basic, local, waiting
+from moeprune.app.launching.compose import ComposedJob
+from moeprune.app.launching.local import LocalSettings, Pool, environment_of_jobs, gpus_of_slots
 from moeprune.app.main import config_folder
 from moeprune.app.manifest import manifest
 from moeprune.errors import InputError
@@ -69,11 +73,26 @@ def status_of(number: int) -> str:
     return json.loads(Path(f"sweep/{number}/manifest.json").read_text())["status"]
 
 
+def status_of_all() -> list[str]:
+    return [status_of(int(manifest.parent.name)) for manifest in sorted(Path("sweep").glob("*/manifest.json"))]
+
+
+def test_basic_loads_all_code_but_what_cannot_be_loaded(tmp_path, monkeypatch):
+    (tmp_path / "whole.py").write_text("")
+    (tmp_path / "of_an_extra.py").write_text("import not_installed")
+    monkeypatch.setattr(moeprune, "__path__", [str(tmp_path)])
+    basic._load_all_code()
+    assert sys.modules.pop("moeprune.whole").__file__ == str(tmp_path / "whole.py")
+
+
 def test_basic_runs_the_other_jobs_after_one_has_failed_and_records_all(sweep, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(basic, "_load_all_code", lambda: loaded.append(status_of_all()))
     monkeypatch.setenv("MOEPRUNE_CACHE", "then")
     error = sweep("seed=0,1,4")
     assert isinstance(error, InputError) and "as it was asked to" in str(error)
-    assert [status_of(number) for number in range(3)] == ["success", "failed", "success"]
+    assert status_of_all() == ["success", "failed", "success"]
+    assert loaded == [[]]  # before the first job
     record = json.loads(Path("sweep/sweep.json").read_text())
     assert (record["launcher"], record["snapshot"]) == ("basic", None)
     assert [(job["number"], job["folder"], job["overrides"]) for job in record["jobs"]] == [
@@ -82,6 +101,7 @@ def test_basic_runs_the_other_jobs_after_one_has_failed_and_records_all(sweep, m
 
 
 def test_local_runs_all_jobs_from_a_snapshot_also_when_one_fails_and_one_is_killed(sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr(waiting, "SETTLED_SECONDS", 0.0)
     monkeypatch.setenv("MOEPRUNE_CACHE", "of-the-submission")
     error = sweep("hydra/launcher=local", "hydra.launcher.cpus_per_job=3", "seed=1,2,0,3")
     assert "Job #0 seed=1 failed: InputError: as it was asked to\nNothing." in str(error)
@@ -122,6 +142,26 @@ def test_a_driver_that_is_stopped_ends_its_jobs_and_their_manifests_say_so(tmp_p
     assert content["status"] == "interrupted"
     assert not Path(f"/proc/{content['pid']}").exists()
     assert not (tmp_path / "sweep/1").exists()
+
+
+def test_a_process_number_that_comes_again_has_not_the_result_of_the_job_before(tmp_path, monkeypatch):
+    class Process:
+        pid = 7
+
+        def __init__(self, *_words: object, **_settings: object) -> None:
+            pass
+
+        def poll(self) -> int:
+            return 0
+
+    monkeypatch.setattr(local.subprocess, "Popen", Process)
+    jobs = [SimpleNamespace(job=ComposedJob(number, tmp_path / str(number), (), DictConfig({}))) for number in (0, 1)]
+    pool = Pool(jobs, [{}], tmp_path, SETTINGS)
+    (first,) = pool.start_more()
+    first.result.write_text("of the first")
+    (second,) = pool.start_more()
+    assert (first.id, first.job.number, second.id, second.job.number) == ("7", 0, "7", 1)
+    assert not second.result.exists()
 
 
 def test_cores_are_divided_among_the_jobs_that_run_at_once(monkeypatch):

@@ -47,6 +47,14 @@ def test_the_same_code_is_copied_once_and_other_code_beside_it(tmp_path, monkeyp
     assert not list(tmp_path.glob(".snapshot*"))
 
 
+def test_a_snapshot_that_was_damaged_is_left_and_another_taken(tmp_path):
+    damaged, files = take_snapshot(tmp_path)
+    (damaged / "moeprune/errors.py").unlink()
+    whole, _ = take_snapshot(tmp_path)
+    assert whole != damaged and not (damaged / "moeprune/errors.py").exists()
+    assert all((whole / name).exists() for name in files)
+
+
 def test_a_job_that_runs_what_was_submitted_passes(code):
     code.check()
 

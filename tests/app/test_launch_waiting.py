@@ -1,5 +1,6 @@
 """The driver waits for every job: those that return, those that fail, and those that are gone."""
 
+import errno
 import logging
 import pickle
 from collections.abc import Sequence
@@ -73,6 +74,29 @@ def test_our_own_errors_are_told_whole(tmp_path, clock):
     )
     (returned,) = Watch([job], lambda _open: {}, 1.0).wait()
     assert str(returned._return_value) == "Job #0 seed=0 failed: InputError: no\nChange."
+
+
+def test_a_result_that_cannot_be_read_costs_no_other(tmp_path, clock):
+    jobs = [sent(tmp_path, number) for number in range(2)]
+    jobs[0].result.write_bytes(pickle.dumps(("success", 0.5))[:-3])
+    finish(jobs[1], "success", 0.5)
+    (_, told), (status, _) = outcomes(Watch(jobs, lambda _open: {}, 1000.0).wait())
+    assert f"Its result {jobs[0].result} cannot be read: " in told
+    assert status is JobStatus.COMPLETED
+
+
+def test_a_file_system_that_fails_for_a_moment_is_waited_for(tmp_path, clock, monkeypatch):
+    job, exists = sent(tmp_path, 0), Path.exists
+    finish(job, "success", 0.5)
+
+    def sometimes(path: Path) -> bool:
+        if clock[0] < 10:
+            raise OSError(errno.ESTALE, "stale")
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", sometimes)
+    monkeypatch.setattr(waiting.os, "listdir", lambda _folder: sometimes(tmp_path))
+    assert outcomes(Watch([job], lambda _open: {"7_0": Phase(RUNNING)}, 1.0).wait()) == [(JobStatus.COMPLETED, "0.5")]
 
 
 def test_a_job_that_seems_gone_for_a_moment_is_waited_for(tmp_path, clock):

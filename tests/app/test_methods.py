@@ -16,11 +16,20 @@ def metrics_of(outcome) -> dict:
     return json.loads((manifest.parent / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_removes_half_of_the_routed_channels(here, tiny, method):
-    metrics = metrics_of(here(*tiny, f"method={method}", "ratio=0.5"))
+def test_every_method_removes_half_of_the_routed_channels(here, tiny, subtests):
+    """As one sweep: jobs of a sweep share their statistics, and draw nothing."""
+    outcome = here("--multirun", *tiny, f"method={','.join(METHODS)}", "ratio=0.5")
+    assert outcome.code == 0, outcome.err
+    runs = [json.loads((manifest.parent / "metrics.json").read_text()) for manifest in outcome.manifests]
+    assert sorted(metrics["method"] for metrics in runs) == METHODS
+    for metrics in runs:
+        with subtests.test(method=metrics["method"]):
+            assert_half_removed(metrics)
+
+
+def assert_half_removed(metrics: dict) -> None:
     dense, pruned = metrics["variants"]
-    if method == KEEPS_ALL:
+    if metrics["method"] == KEEPS_ALL:
         assert metrics["plan"]["removed_channels"] == 0
         assert pruned["parameters"] == dense["parameters"]
     else:

@@ -111,7 +111,8 @@ def test_settings_given_anew_replace_those_of_jobs_and_of_the_launcher(sweep):
 def test_it_works_from_any_directory(sweep, tmp_path, monkeypatch, capsys):
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
-    assert "hydra.sweep.dir='my sweep'" in moeprune_command(["../my sweep"])
+    # What the rerun prints must be right in the directory in which it was called.
+    assert f"hydra.sweep.dir='{sweep.folder}'" in moeprune_command(["../my sweep"])
     assert Path.cwd() == tmp_path
     record = json.loads((sweep.folder / "sweep.json").read_text())
     (sweep.folder / "sweep.json").write_text(json.dumps({**record, "directory": "/not/there"}))
@@ -126,6 +127,16 @@ def test_jobs_that_begin_again_are_queued_and_keep_how_they_ended(sweep):
     assert [states[number].state for number in (0, 1, 2)] == [State.SUCCESS, State.QUEUED, State.QUEUED]
     assert states[1].manifest["earlier"][-1]["error"] == FAILED["error"]
     assert SweepRecord.read(sweep.folder).driver == Process.this()
+
+
+def test_what_another_rerun_has_begun_meanwhile_is_not_begun_twice(sweep):
+    """Seconds go by between the choice of the jobs and their launch, in which Hydra starts."""
+    begin_again(sweep.folder, [1])
+    before = SweepRecord.read(sweep.folder)
+    with pytest.raises(InputError, match="job 1 is now queued"):
+        begin_again(sweep.folder, [1, 2])
+    assert SweepRecord.read(sweep.folder) == before
+    assert read_sweep(sweep.folder).jobs[2].manifest is None
 
 
 @given(st.text(st.sampled_from("ab '\"\\${}=,[]()#:"), max_size=12))

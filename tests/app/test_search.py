@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hydra.core.utils import JobReturn, JobStatus
 
-from moeprune.app.search import FOUND, Search, Space
+from moeprune.app.search import FOUND, JOURNAL, Search, Space
 from moeprune.errors import InputError
 
 optuna = pytest.importorskip("optuna")
@@ -69,14 +69,15 @@ def test_the_command_line_goes_before_the_experiment():
     assert (list(space.fixed), list(space.choices)) == (["a=3"], ["b"])
 
 
-@pytest.mark.parametrize("words", [["ratio=0.5"], ["x=interval(1,0)"]])
+@pytest.mark.parametrize("words", [["ratio=0.5"], ["x=interval(1,0)"], ["x=tag(log,interval(0,1))"], ["x=range(3,3)"]])
 def test_a_space_without_choice_is_an_error(words):
     with pytest.raises(InputError):
         Space.of(words)
 
 
-@pytest.mark.parametrize("settings", [{"trials": 0}, {"direction": "down"}, {"sampler": "grid"}])
-def test_settings_that_do_not_exist_are_errors(tmp_path, settings):
+@pytest.mark.parametrize("settings", [{"trials": 0}, {"trials": "many"}, {"parallel": None}, {"seed": -1},
+                                      {"direction": "down"}, {"sampler": "grid"}])  # fmt: skip
+def test_settings_that_cannot_be_are_errors(tmp_path, settings):
     with pytest.raises(InputError):
         search(tmp_path, **settings)
 
@@ -142,6 +143,20 @@ def test_a_finished_search_launches_nothing(tmp_path):
     again = Jobs()
     assert search(tmp_path).run(again) == []
     assert again.batches == []
+
+
+@pytest.mark.parametrize(
+    "settings", [{"direction": "maximize"}, {"words": ("x=interval(-1.0,1.0)", "kind=a,b,c")}, {"damaged": True}]
+)
+def test_another_search_does_not_go_on_in_the_directory(tmp_path, settings):
+    search(tmp_path, trials=4).run(Jobs())
+    if settings.pop("damaged", False):
+        with (tmp_path / JOURNAL).open("a") as journal:
+            journal.write('{"op_code":\n{"op_code": 4}\n')
+    jobs = Jobs()
+    with pytest.raises(InputError, match="cannot go on with these settings"):
+        search(tmp_path, trials=8, **settings).run(jobs)
+    assert jobs.batches == []
 
 
 def test_a_search_of_real_runs(here, tiny):

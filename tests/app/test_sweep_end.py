@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,43 @@ def test_a_rerun_keeps_the_record_of_its_sweep(tmp_path):
     sweep = HandMadeSweep(tmp_path / "sweep", dead_process(), ("-m", "ratio=0.25,0.5"))
     SweepReport().on_multirun_start(config_of(sweep.folder, sweeper="rerun"))
     assert SweepRecord.read(sweep.folder) == sweep.record
+
+
+@pytest.fixture
+def other_process():
+    """A process that lives."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        yield replace(Process.this(), pid=process.pid, started=None)
+        process.communicate()
+
+
+def test_a_second_sweep_into_a_directory_that_a_living_driver_uses_is_refused(tmp_path, at_exit, capsys, other_process):
+    sweep = HandMadeSweep(tmp_path / "sweep", other_process)
+    with pytest.raises(SystemExit) as stop:
+        SweepReport().on_multirun_start(config_of(sweep.folder))
+    assert stop.value.code == 2
+    assert f"{sweep.folder} is in use: process {other_process.pid}" in capsys.readouterr().err
+    assert SweepRecord.read(sweep.folder) == sweep.record
+    assert at_exit == []
+
+
+@pytest.mark.parametrize(("sweeper", "is_refused"), [("basic", True), ("optuna", False)])
+def test_a_second_sweep_over_jobs_that_go_on_without_their_driver_is_refused(tmp_path, at_exit, sweeper, is_refused):
+    """Not of a search: it numbers its trials on."""
+    sweep = HandMadeSweep(tmp_path / "sweep", dead_process())
+    sweep.add({"status": "running"}, by=Process.this())
+    with pytest.raises(SystemExit) if is_refused else nullcontext():
+        SweepReport().on_multirun_start(config_of(sweep.folder, sweeper))
+    assert (SweepRecord.read(sweep.folder) == sweep.record) == is_refused
+    assert bool(at_exit) != is_refused
+
+
+def test_a_directory_whose_sweep_is_over_may_be_used_again(tmp_path, at_exit):
+    sweep = HandMadeSweep(tmp_path / "sweep", dead_process())
+    sweep.add(FAILED)
+    SweepReport().on_multirun_start(config_of(sweep.folder))
+    assert SweepRecord.read(sweep.folder).driver == Process.this()
+    assert len(at_exit) == 1
 
 
 @pytest.mark.parametrize("manifest", [FAILED, {"status": "timed_out"}, None])

@@ -42,8 +42,9 @@ def run_dir(tmp_path, monkeypatch) -> Path:
     """A run directory; nobody is logged in, and no setting of W&B comes from outside."""
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("API_KEY", "MODE", "RUN_ID", "SWEEP_ID", "RUN_GROUP"):
+    for name in ("API_KEY", "BASE_URL", "MODE", "RUN_ID", "SWEEP_ID", "RUN_GROUP"):
         monkeypatch.delenv(f"WANDB_{name}", raising=False)
+    monkeypatch.delenv("NETRC", raising=False)
     folder = tmp_path / "run"
     folder.mkdir()
     return folder
@@ -197,12 +198,28 @@ def test_auto_is_offline_until_a_key_is_set_up(run_dir, monkeypatch):
     netrc.write_text("machine api.wandb.ai\n  login user\n  password " + "0" * 40 + "\n")
     netrc.chmod(0o600)
     assert chosen_mode("auto") == "online"
-    netrc.write_text("not a netrc file at all {")
+    netrc.write_text("machine ml.company.com\n  login user\n  password " + "0" * 40 + "\n")
+    assert chosen_mode("auto") == "offline"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://ml.company.com:8443")
+    assert chosen_mode("auto") == "online"
+    netrc.rename(run_dir / "elsewhere")
+    assert chosen_mode("auto") == "offline"
+    monkeypatch.setenv("NETRC", str(run_dir / "elsewhere"))
+    assert chosen_mode("auto") == "online"
+    (run_dir / "elsewhere").write_text("not a netrc file at all {")
     assert chosen_mode("auto") == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     assert chosen_mode("auto") == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert (chosen_mode("auto"), chosen_mode("offline")) == ("disabled", "offline")
+
+
+def test_the_command_that_sends_an_offline_run_is_one_for_the_shell(run_dir, init, caplog):
+    folder = run_dir / "a b"
+    folder.mkdir()
+    with caplog.at_level(logging.INFO, logger="moeprune"):
+        opened(WandbTracker("project", mode="offline"), folder)
+    assert f"wandb sync '{folder}/wandb'/offline-run-*" in caplog.text
 
 
 def test_disabled_and_none_call_nothing(run_dir, init):

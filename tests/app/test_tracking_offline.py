@@ -124,6 +124,7 @@ def test_a_requeued_job_goes_on_with_the_same_run(tmp_path):
     assert first.run.run_id == second.run.run_id
     assert first.run.resume and second.run.resume
     assert (first.exit_code, second.exit_code) == (1, 0)
+    assert (first.summary["stages/now"], second.summary["stages/now"]) == ("recovered", "done")
     assert (first.summary["attempts"], second.summary["attempts"]) == (1, 2)
     assert recovery_steps(first) + recovery_steps(second) == list(range(1, 11))
     rows = [row["_step"] for run in (first, second) for row in run.history]
@@ -153,9 +154,10 @@ def without_service() -> dict[str, str]:
 
 def test_a_recovery_that_another_run_trained_has_its_curve_too(tmp_path):
     curve(tmp_path / "stage", range(1, 4))
-    with WandbTracker("p").open(CONFIG, tmp_path, CHOICES) as tracked:
+    with pytest.raises(SystemExit), WandbTracker("p").open(CONFIG, tmp_path, CHOICES) as tracked:
         tracked.waiting("recovered", "ab", "job 7 on node 3")
         tracked.finished(Stage("recovered", tmp_path / "stage", seconds=30.0))
+        raise SystemExit(1)
     (run,) = offline_runs(tmp_path)
     assert recovery_steps(run) == [1, 2, 3]
     assert run.summary["stages/now"] == "recovered: waits for job 7 on node 3"

@@ -1,4 +1,4 @@
-"""Experiments on tiny random checkpoints with text files of the test's own."""
+"""Experiments on tiny random checkpoints with text files of the test's own, and a place for a cache."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +13,12 @@ from moeprune.evaluation.evaluate import Evaluation
 from moeprune.models.source import ModelSource
 from moeprune.pipeline.experiment import Experiment
 from moeprune.scoring.attribution import AttributionScorer
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """Where a cache may be; nothing is there."""
+    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="session")

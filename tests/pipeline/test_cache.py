@@ -1,6 +1,5 @@
 """The stage cache: what is reused, what is computed again, and what is left behind when something goes wrong."""
 
-import errno
 import json
 import logging
 import os
@@ -15,9 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from safetensors import SafetensorError
+from one_stage import CONTENT, KEY, SETTINGS, get, is_whole, left_behind, never, write_result
 
-from moeprune.errors import CacheError
 from moeprune.pipeline import record as record_module
 from moeprune.pipeline.cache import RECORD, StageCache
 from moeprune.pipeline.identity import stage_key
@@ -26,38 +24,11 @@ from moeprune.pipeline.process import Process
 from moeprune.pipeline.record import write_record
 from moeprune.pipeline.workplace import Workplace
 
-SETTINGS = {"alpha": 0.9}
-KEY = stage_key("scores", 1, SETTINGS, ["input"])
-CONTENT = b"what the stage found" * 10
-
 
 def dead_process() -> Process:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     return replace(Process.this(), pid=ended.pid)
-
-
-def write_result(folder: Path) -> None:
-    (folder / "part").mkdir()
-    (folder / "part" / "result.bin").write_bytes(CONTENT)
-    (folder / "other.txt").write_text("second file")
-
-
-def never(_folder: Path) -> None:
-    raise AssertionError("a stored stage was computed again")
-
-
-def get(cache: StageCache, compute=write_result):
-    return cache.get("scores", 1, SETTINGS, ["input"], compute)
-
-
-def left_behind(root: Path) -> list[str]:
-    """Hidden folders: neither partial nor damaged results may stay."""
-    return [path.name for path in root.rglob(".*")]
-
-
-def is_whole(folder: Path) -> bool:
-    return (folder / "part" / "result.bin").read_bytes() == CONTENT and (folder / RECORD).exists()
 
 
 @pytest.fixture
@@ -299,45 +270,3 @@ def test_what_a_process_left_that_was_killed_around_publishing_goes_with_the_nex
     made.rename(cache.root / "scores" / KEY)
     assert get(cache, never).cached
     assert left_behind(cache.root) == []
-
-
-FULL = {
-    "no space": OSError(errno.ENOSPC, "No space left on device"),
-    "no quota": OSError(errno.EDQUOT, "Disk quota exceeded"),
-    "safetensors": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-}
-
-
-@pytest.mark.parametrize("error", FULL.values(), ids=FULL)
-def test_a_full_disk_is_a_cache_error_and_nothing_half_written_stays(cache, error):
-    def fill(folder: Path) -> None:
-        (folder / "half.bin").write_bytes(b"half")
-        raise error
-
-    with pytest.raises(CacheError, match=r"(?s)No disk space left while writing .* GB .*free.*cache_dir=/path"):
-        get(cache, fill)
-    assert [path for path in cache.root.rglob("*") if path.is_file()] == []
-    assert left_behind(cache.root) == []
-
-
-@pytest.mark.parametrize(
-    "error",
-    [PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EROFS, "Read-only file system")],
-    ids=["no permission", "read-only file system"],
-)
-def test_a_folder_that_cannot_be_written_is_a_cache_error_but_what_it_holds_is_used(cache, monkeypatch, error):
-    get(cache)
-
-    def refuse(*_args: object, **_settings: object) -> None:
-        raise error
-
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    assert get(cache, never).cached
-    with pytest.raises(CacheError, match=r"(?s)cannot be written: .*cache_dir=/path"):
-        cache.get("scores", 2, SETTINGS, ["input"], never)
-
-
-def test_a_cache_that_is_a_file_is_a_cache_error(tmp_path):
-    (tmp_path / "cache").write_text("a file")
-    with pytest.raises(CacheError, match=r"(?s)cannot be written.*cache_dir=/path"):
-        get(StageCache(tmp_path / "cache"))

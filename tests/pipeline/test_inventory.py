@@ -21,11 +21,6 @@ from moeprune.pipeline.use import UsedStages, last_used, now
 DAY = 86400.0
 
 
-@pytest.fixture
-def root(tmp_path) -> Path:
-    return tmp_path / "cache"
-
-
 def not_used_for(folder: Path, seconds: float) -> None:
     past = now(folder.parent) - seconds
     os.utime(folder / RECORD, (past, past))

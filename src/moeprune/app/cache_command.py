@@ -108,7 +108,7 @@ def _verify(entries: Sequence[Entry], console: Console) -> int:
     damaged = 0
     stored = [entry for entry in entries if entry.state == STORED]
     for entry in stored:
-        with disk_errors(entry.folder, entry.folder):
+        with disk_errors(entry.folder.parent, entry.folder):
             reason = why_damaged(entry)
         if reason:
             damaged += 1
@@ -123,9 +123,12 @@ def _prune(root: Path, entries: Sequence[Entry], words: argparse.Namespace, cons
         raise InputError("prune does not know what may go.", change="Use --older-than 30d, --max-size 50GB, or both.")
     gone = []
     for entry in to_prune(entries, now(root), words.older_than, words.max_size):
+        name = f"{entry.stage} {entry.key[:12]}"
         if words.dry_run or remove(entry):
             gone.append(entry)
-            console.print(f"{entry.stage} {entry.key[:12]} {entry.state}, {_gigabytes(entry.bytes)} GB", soft_wrap=True)
+            console.print(f"{name} {entry.state}, {_gigabytes(entry.bytes)} GB", soft_wrap=True)
+        else:
+            console.print(f"{name} stays: it is used again, or some of its files may not be removed", soft_wrap=True)
     left = [entry for entry in entries if entry not in gone]
     console.print(f"{'Would remove' if words.dry_run else 'Removed'} {len(gone)}, {_total(gone)}; {_total(left)} left.")
 

@@ -123,10 +123,12 @@ def _guarded(command: Callable[[], None], config_name: str) -> None:
     except KeyboardInterrupt:
         _stop("Interrupted. Finished stages are kept; the same command goes on from them.", INTERRUPTED)
     except Exception as error:
-        explanation = error if isinstance(error, MoepruneError) else explained(error, config_folder(), config_name)
-        if explanation is None:
-            raise
-        _stop(f"moeprune: {explanation}", USER_ERROR)
+        if not isinstance(error, MoepruneError):
+            explanation = explained(error, config_folder(), config_name, sys.argv[1:])
+            if explanation is None:
+                raise
+            error = explanation
+        _stop(f"moeprune: {error}", USER_ERROR)
 
 
 def _stop(message: str, exit_code: int) -> None:

@@ -48,6 +48,7 @@ def moeprune_command(words: Sequence[str]) -> list[str] | None:
     if not chosen:
         return None
     sweep_dir = asked.sweep_dir.resolve()
+    called_from = Path.cwd()
     _change_into(Path(record.directory))
     of_jobs = [str(override.input_line) for override in also if not override.is_hydra_override()]
     of_hydra = [override for override in also if override.is_hydra_override()]
@@ -56,7 +57,7 @@ def moeprune_command(words: Sequence[str]) -> list[str] | None:
         "--multirun",
         *_with(command, of_hydra),
         "hydra/sweeper=rerun",
-        f"hydra.sweep.dir={quoted(_short(sweep_dir))}",
+        f"hydra.sweep.dir={quoted(_short(sweep_dir, called_from))}",
         f"hydra.sweeper.jobs=[{','.join(str(job.job.number) for job in chosen)}]",
         f"hydra.sweeper.also=[{','.join(quoted(text) for text in of_jobs)}]",
     ]
@@ -70,7 +71,16 @@ def launch_overrides(sweep_dir: Path, numbers: Sequence[int], also: Sequence[str
 
 
 def begin_again(sweep_dir: Path, numbers: Sequence[int]) -> None:
-    """Say, before jobs are launched again, that they are queued and that this process drives the sweep."""
+    """Say, before jobs are launched again, that they are queued and that this process drives the sweep.
+
+    Raises InputError where another rerun has begun with one of them since they were chosen.
+    """
+    for state in read_sweep(sweep_dir).jobs:
+        if state.job.number in numbers and state.state not in (*FAILURES, State.SILENT):
+            raise InputError(
+                f"In {sweep_dir} job {state.job.number} is now {state.state}: something else runs it again.",
+                change="Give the same command once more; it chooses anew.",
+            )
     SweepRecord.read(sweep_dir).driven_by_this_process(numbers).write(sweep_dir)
     for state in read_sweep(sweep_dir).jobs:
         if state.job.number in numbers:
@@ -127,7 +137,8 @@ def _change_into(directory: Path) -> None:
         print(f"{directory}, where the sweep was started, is not there: relative paths are taken from here.")
 
 
-def _short(path: Path) -> str:
-    """Relative to the current directory where it lies below, as in the sweep's own command."""
+def _short(path: Path, called_from: Path) -> str:
+    """Relative, as in the sweep's own command, where that is right both here and where the command was called: the
+    driver prints paths and commands to copy."""
     here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+    return str(path.relative_to(here) if path.is_relative_to(here) and here == called_from else path)

@@ -7,7 +7,8 @@ in folder N, is trial N. What was found is in ``search.json``.
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.utils import JobReturn, JobStatus
 
 from moeprune.app.manifest import write_atomically
-from moeprune.errors import InputError, require_choice, require_positive
+from moeprune.errors import InputError, require_choice
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -54,7 +55,10 @@ class Space:
             choices.pop(key, None)
             fixed.pop(key, None)
             if override.is_sweep_override():
-                choices[key] = _distribution(override)
+                try:
+                    choices[key] = _distribution(override)
+                except ValueError as error:
+                    raise InputError(f"{word} cannot be searched: {error}") from error
             else:
                 fixed[key] = word
         if not choices:
@@ -67,7 +71,7 @@ class Space:
 class Search:
     """A search of ``trials`` trials in all, ``parallel`` at a time. ``sampler``: tpe or random.
 
-    Raises InputError for settings that do not exist, and where Optuna is not installed.
+    Raises InputError for settings that cannot be, and where Optuna is not installed.
     """
 
     trials: int
@@ -79,7 +83,12 @@ class Search:
     space: Space
 
     def __post_init__(self) -> None:
-        require_positive(self, "trials", "parallel")
+        for name, least in {"trials": 1, "parallel": 1, "seed": 0}.items():
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise InputError(
+                    f"hydra.sweeper.{name}={value} is not possible.", change=f"Use a whole number of at least {least}."
+                )
         require_choice("hydra.sweeper.direction", self.direction, DIRECTIONS)
         require_choice("hydra.sweeper.sampler", self.sampler, SAMPLERS)
 
@@ -87,7 +96,8 @@ class Search:
         """Launch batches until all trials have ended. Raises the error of the first that failed, at the end."""
         study, batches = self._study(), []
         while (left := self.trials - _ended(study)) > 0:
-            asked = [study.ask(dict(self.space.choices)) for _ in range(min(left, self.parallel))]
+            with self._of_one_search():
+                asked = [study.ask(dict(self.space.choices)) for _ in range(min(left, self.parallel))]
             results = launch([self._overrides(trial) for trial in asked], asked[0].number)
             for trial, result in zip(asked, results, strict=True):
                 _tell(study, trial, result)
@@ -104,10 +114,13 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.sweep_dir.mkdir(parents=True, exist_ok=True)
         backend = optuna.storages.journal.JournalFileBackend(str(self.sweep_dir / JOURNAL))
-        storage = optuna.storages.JournalStorage(backend)
-        study = optuna.create_study(
-            storage=storage, study_name="moeprune", direction=self.direction, load_if_exists=True
-        )
+        with self._of_one_search():
+            storage = optuna.storages.JournalStorage(backend)
+            study = optuna.create_study(
+                storage=storage, study_name="moeprune", direction=self.direction, load_if_exists=True
+            )
+            if study.direction.name.lower() != self.direction:  # Optuna would keep its own without a word
+                raise ValueError(f"its direction is {study.direction.name.lower()}")
         known = study.get_trials(deepcopy=False)
         seed = self.seed + len(known)  # the same seed again would propose the same trials again
         study.sampler = (
@@ -119,6 +132,17 @@ class Search:
         if known:
             log.info("the search goes on after %d trials", _ended(study))
         return study
+
+    @contextmanager
+    def _of_one_search(self) -> Iterator[None]:
+        """Raise InputError where the search in the directory is another, or its journal is damaged."""
+        try:
+            yield
+        except ValueError as error:
+            raise InputError(
+                f"The search in {self.sweep_dir / JOURNAL} cannot go on with these settings: {error}",
+                change="Give the command that began it, or choose another hydra.sweep.dir for a new search.",
+            ) from error
 
     def _overrides(self, trial: "Trial") -> list[str]:
         return [*self.space.fixed, *(f"{name}={value}" for name, value in trial.params.items())]

@@ -12,9 +12,11 @@ from moeprune.app.manifest import mark
 from moeprune.app.sweep_record import RECORD, SweepRecord
 from moeprune.app.sweep_state import FAILURES, State, read_sweep
 from moeprune.app.sweep_text import counts, failure_lines, status_command
+from moeprune.errors import InputError
+from moeprune.pipeline.process import Process
 
-JOBS_FAILED = 1
-RERUN = "rerun"
+JOBS_FAILED, USER_ERROR = 1, 2
+RERUN, SEARCH = "rerun", "optuna"
 
 
 class SweepReport(Callback):
@@ -24,16 +26,45 @@ class SweepReport(Callback):
     """
 
     def on_multirun_start(self, config: DictConfig, **_kwargs: Any) -> None:
+        """Raises SystemExit where another sweep uses the directory: Hydra makes a warning of any other exception."""
         sweep_dir, choices = Path(config.hydra.sweep.dir), config.hydra.runtime.choices
         if choices["hydra/sweeper"] != RERUN:  # which goes on with the record of the sweep that it runs again
+            if (sweep_dir / RECORD).exists() and (who := _user_of(sweep_dir, choices["hydra/sweeper"])):
+                print(
+                    f"moeprune: {sweep_dir} is in use: {who}.\n"
+                    f"Choose another hydra.sweep.dir, or wait; see it with:  {status_command(sweep_dir)}",
+                    file=sys.stderr,
+                )
+                sys.exit(USER_ERROR)
             sweep_dir.mkdir(parents=True, exist_ok=True)
             SweepRecord.for_launch(sweep_dir, sys.argv[1:], choices["hydra/launcher"]).write(sweep_dir)
         atexit.register(_report, sweep_dir)
 
     def on_multirun_end(self, config: DictConfig, **_kwargs: Any) -> None:
         """Raises SystemExit where a job did not succeed: launchers return normally after a job that was killed."""
-        if read_sweep(Path(config.hydra.sweep.dir), by_driver=True).those(*FAILURES):
+        try:
+            failed = read_sweep(Path(config.hydra.sweep.dir), by_driver=True).those(*FAILURES)
+        except InputError as error:  # Hydra would make a warning of it, and the sweep a success
+            print(f"moeprune: {error}", file=sys.stderr)
             sys.exit(JOBS_FAILED)
+        if failed:
+            sys.exit(JOBS_FAILED)
+
+
+def _user_of(sweep_dir: Path, sweeper: str) -> str | None:
+    """Who would mix results with those of a new sweep in the directory, in words."""
+    try:
+        sweep = read_sweep(sweep_dir)
+    except InputError:  # no record that can be read
+        return None
+    driver = sweep.record.driver if sweep.record else None
+    if driver is not None and driver != Process.this() and sweep.driver_gone is False:
+        return f"process {driver.pid} on {driver.host} runs a sweep there"
+    if sweeper == SEARCH:  # it goes on with new numbers, beside trials that have not ended
+        return None
+    at_work = sweep.those(State.RUNNING, State.WAITING)
+    at_work += [job for job in sweep.those(State.QUEUED, State.PREEMPTED) if job.job.slurm_job_id]
+    return f"{len(at_work)} jobs of a sweep there have not ended" if at_work else None
 
 
 def _report(sweep_dir: Path) -> None:

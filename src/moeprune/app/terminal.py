@@ -10,9 +10,14 @@ LOG_FILE_WIDTH = 120
 
 
 def terminal(quiet: bool = False) -> Console:
-    """A console as wide as the terminal, or as a table needs where the output goes to a file."""
-    console = Console(quiet=quiet)
-    return console if console.is_terminal else Console(width=LOG_FILE_WIDTH, quiet=quiet)
+    """A console as wide as the terminal, or as a table needs where the output goes to a file.
+
+    It shows text as it is: a path may hold what Rich takes for markup or an emoji.
+    """
+    console = Console(quiet=quiet, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = LOG_FILE_WIDTH
+    return console
 
 
 def quiet_libraries() -> None:

@@ -16,10 +16,12 @@ GIGABYTE = 1e9
 @contextmanager
 def disk_errors(stage_folder: Path, written: Path) -> Iterator[None]:
     """Within the context a disk that is full or cannot be written, for what goes to ``stage_folder``, is a CacheError;
-    ``written`` is where the stage has written so far."""
+    ``written`` is where the stage has written so far. What names a file elsewhere, such as an input, passes."""
     try:
         yield
     except Exception as error:
+        if _is_elsewhere(error, stage_folder):
+            raise
         message = str(error)
         number = getattr(error, "errno", None)
         # safetensors reports a full disk as an error of its own.
@@ -31,6 +33,15 @@ def disk_errors(stage_folder: Path, written: Path) -> Iterator[None]:
                 f"The cache {stage_folder} cannot be written: {message}.\nChoose another place with cache_dir=/path."
             ) from error
         raise
+
+
+def _is_elsewhere(error: Exception, folder: Path) -> bool:
+    """Whether the error names a file that is neither in the folder nor one of those above it."""
+    name = getattr(error, "filename", None)
+    if not isinstance(name, str):
+        return False
+    file, here = Path(os.path.abspath(name)), Path(os.path.abspath(folder))
+    return not (file.is_relative_to(here) or here.is_relative_to(file))
 
 
 def _full(stage_folder: Path, bytes_written: int, quota: bool) -> str:

@@ -129,7 +129,8 @@ def _in_use(entry: Entry, now: float) -> bool:
 
 
 def remove(entry: Entry) -> bool:
-    """Remove what nobody uses; False when somebody has come to use it since it was listed.
+    """Remove what nobody uses; False when somebody has come to use it since it was listed, or when some of its files
+    may not be removed.
 
     A stage loses its name in one step, so that no run finds half of it.
     """
@@ -141,7 +142,7 @@ def remove(entry: Entry) -> bool:
             aside.rename(entry.final)
             return False
     shutil.rmtree(aside, ignore_errors=True)
-    return True
+    return not aside.exists()
 
 
 def _used_now(entry: Entry, folder: Path) -> float:

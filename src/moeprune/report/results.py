@@ -235,7 +235,7 @@ def load_sweep(sweep_dir: Path) -> tuple[Run, ...]:
     if not run_dirs:
         raise InputError(
             f"{sweep_dir} holds no runs: none of its sub-directories has a manifest.json.",
-            change="Give the directory of a multirun, such as multirun/2025-01-31/12-00-00.",
+            change="Give the directory of a sweep, such as runs/2025-01-31/12-00-00-sweep.",
         )
     return tuple(load_run(run_dir) for run_dir in sorted(run_dirs, key=lambda run_dir: _numeric_order(run_dir.name)))
 

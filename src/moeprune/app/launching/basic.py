@@ -36,5 +36,5 @@ def _load_all_code() -> None:
     """Import every module of the package, so that what is edited while the sweep runs changes no later job."""
     for module in pkgutil.walk_packages(moeprune.__path__, "moeprune."):
         if module.name != "moeprune.__main__":
-            with suppress(ModuleNotFoundError):  # what belongs to an extra that is not installed
+            with suppress(ImportError):  # what belongs to an extra that is not installed, or is broken
                 importlib.import_module(module.name)

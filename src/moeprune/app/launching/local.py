@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from submitit.local.local import LocalJob
 from moeprune.app.launching.compose import Sweep, compose_jobs, record_jobs
 from moeprune.app.launching.settings import require_at_least, settings_of
 from moeprune.app.launching.snapshot import python_path, take_snapshot
-from moeprune.app.launching.submitted import SubmittedJob, link_log, submissions
+from moeprune.app.launching.submitted import SubmittedJob, link_log, own_folder, submissions
 from moeprune.app.launching.waiting import ENDED, RUNNING, Phase, Sent, Watch
 from moeprune.errors import InputError
 
@@ -108,38 +107,36 @@ class Pool:
         sweep_dir: Path,
         settings: LocalSettings,
     ) -> None:
-        # Process numbers come again, in a rerun for example: each batch has a folder of its own.
-        folder = sweep_dir.absolute() / ".submitit" / f"local-{uuid.uuid4().hex[:8]}" / "%j"
+        self._folder = own_folder(sweep_dir)
+        self._environments, self._settings = environments, settings
         self._waiting = list(reversed(jobs))
-        self._executors = [
-            _Executor(folder, environment, settings.timeout_min, settings.max_num_timeout)
-            for environment in environments
-        ]
-        self._processes: dict[int, subprocess.Popen[bytes]] = {}
-        self._by_id: dict[str, subprocess.Popen[bytes]] = {}
+        self._last: dict[int, _Executor] = {}
+        self._executors: list[_Executor] = []
+        self._by_id: dict[str, _Executor] = {}
 
     def start_more(self) -> list[Sent]:
         """Start a job in every slot that is free."""
         started = []
-        for slot, executor in enumerate(self._executors):
-            before = self._processes.get(slot)
-            if self._waiting and (before is None or before.poll() is not None):
+        for slot, environment in enumerate(self._environments):
+            if self._waiting and (slot not in self._last or self._last[slot].has_ended):
                 job = self._waiting.pop()
+                # Process numbers, which are the ids, come again: in a folder of all, a result of an earlier job's too.
+                executor = _Executor(self._folder / str(job.job.number) / "%j", environment, self._settings)
+                self._executors.append(executor)  # before it starts: a signal may raise at any moment
                 at = executor.submit(job)
-                self._processes[slot] = self._by_id[at.job_id] = executor.started[-1]
+                self._last[slot] = self._by_id[at.job_id] = executor
                 log.info("\t%s: started", job.job)
                 started.append(Sent(job.job, at.job_id, at.paths.result_pickle, link_log(job.job, at.paths.stdout)))
         return started
 
     def phases(self, jobs: Sequence[Sent]) -> dict[str, Phase]:
         """A job without a result whose process has ended was killed."""
-        codes = {job.id: self._by_id[job.id].poll() for job in jobs}
         gone = Phase(ENDED, "Its process ended without a result: it was killed, perhaps for want of memory.")
-        return {name: Phase(RUNNING) if code is None else gone for name, code in codes.items()}
+        return {job.id: gone if self._by_id[job.id].has_ended else Phase(RUNNING) for job in jobs}
 
     def stop(self) -> None:
         """End what runs: politely, so that manifests say so, then for good."""
-        alive = [process for process in self._processes.values() if process.poll() is None]
+        alive = [executor.process for executor in self._executors if executor.process and not executor.has_ended]
         for process in alive:
             process.terminate()
         for process in alive:
@@ -150,19 +147,19 @@ class Pool:
 
 
 class _Executor(submitit.LocalExecutor):
-    """Submitit's, with the environment of one slot, and each job in a process group of its own: Ctrl-C in a terminal
+    """Submitit's for one job, with the environment of its slot, in a process group of its own: Ctrl-C in a terminal
     reaches the driver alone, which ends its jobs."""
 
-    def __init__(self, folder: Path, environment: dict[str, str], timeout_min: int, max_num_timeout: int) -> None:
-        super().__init__(folder, max_num_timeout=max_num_timeout)
-        self.update_parameters(timeout_min=timeout_min)
-        self.started: list[subprocess.Popen[bytes]] = []
+    def __init__(self, folder: Path, environment: dict[str, str], settings: LocalSettings) -> None:
+        super().__init__(folder, max_num_timeout=settings.max_num_timeout)
+        self.update_parameters(timeout_min=settings.timeout_min)
+        self.process: subprocess.Popen[bytes] | None = None
         self._environment = {
             **os.environ,
             **environment,
             "SUBMITIT_LOCAL_NTASKS": "1",
             "SUBMITIT_LOCAL_COMMAND": self._submitit_command_str,
-            "SUBMITIT_LOCAL_TIMEOUT_S": str(60 * timeout_min),
+            "SUBMITIT_LOCAL_TIMEOUT_S": str(60 * settings.timeout_min),
             "SUBMITIT_LOCAL_SIGNAL_DELAY_S": "30",
             "SUBMITIT_LOCAL_NODEID": "0",
             "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
@@ -173,9 +170,12 @@ class _Executor(submitit.LocalExecutor):
 
     def _submit_command(self, command: str) -> LocalJob[Any]:
         controller = [sys.executable, "-m", "submitit.local._local", str(self.folder)]
-        process = subprocess.Popen(controller, env=self._environment, start_new_session=True)
-        self.started.append(process)
-        return LocalJob(self.folder, str(process.pid), (0,), process)
+        self.process = subprocess.Popen(controller, env=self._environment, start_new_session=True)
+        return LocalJob(self.folder, str(self.process.pid), (0,), self.process)
+
+    @property
+    def has_ended(self) -> bool:
+        return self.process is not None and self.process.poll() is not None
 
 
 def _gpus() -> list[str]:

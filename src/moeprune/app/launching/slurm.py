@@ -19,7 +19,7 @@ from moeprune.app.launching.compose import Sweep, compose_jobs, record_jobs
 from moeprune.app.launching.settings import require_at_least, settings_of
 from moeprune.app.launching.site import site_settings
 from moeprune.app.launching.snapshot import python_path, take_snapshot
-from moeprune.app.launching.submitted import SubmittedJob, link_log, submissions
+from moeprune.app.launching.submitted import SubmittedJob, link_log, own_folder, submissions
 from moeprune.app.launching.waiting import ENDED, QUEUED, RUNNING, Phase, Sent, Watch
 from moeprune.app.squeue import ask_slurm
 from moeprune.errors import InputError
@@ -113,9 +113,10 @@ def launch_on_slurm(
 def _submit(submitted: list[SubmittedJob], sweep: Sweep, settings: SlurmSettings, snapshot: Path) -> list[Sent]:
     import submitit
 
-    folder = sweep.folder.absolute() / ".submitit" / "%j"
     command = f'sh -c \'trap "" USR1 USR2; exec "$@"\' sh {shlex.quote(sys.executable)}'
-    executor = submitit.SlurmExecutor(folder, max_num_timeout=settings.max_num_timeout, python=command)
+    executor = submitit.SlurmExecutor(
+        own_folder(sweep.folder) / "%j", max_num_timeout=settings.max_num_timeout, python=command
+    )
     executor.update_parameters(**sbatch_parameters(settings, sweep.launcher, snapshot))
     with _without_the_drivers_job():
         try:

@@ -60,6 +60,9 @@ def take_snapshot(sweep_dir: Path) -> tuple[Path, dict[str, str]]:
     files = {name: _read_digest(path) for name, path in sources.items()}
     content = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
     snapshot = (sweep_dir / f"snapshot-{content[:8]}").absolute()
+    if snapshot.exists() and any(_digest(snapshot / name) != digest for name, digest in files.items()):
+        # Edited, or cleared away from a scratch disk. Jobs that wait for it say so; a rerun must not be stuck with it.
+        snapshot = snapshot.with_name(f"{snapshot.name}-{uuid.uuid4().hex[:8]}")
     if not snapshot.exists():
         partial = snapshot.with_name(f".{snapshot.name}.{uuid.uuid4().hex[:8]}")
         for name, source in sources.items():

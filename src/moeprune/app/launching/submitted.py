@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,11 @@ def submissions(
     here, command = Path.cwd(), tuple(sys.argv)
     codes = (Code(snapshot, files, own_plug_ins(job.config)) for job in jobs)
     return [SubmittedJob(job, sweep, code, here, command, requeue) for job, code in zip(jobs, codes, strict=True)]
+
+
+def own_folder(sweep_dir: Path) -> Path:
+    """Where Submitit keeps the files of one batch: ids come again, and an old result would be taken for the new."""
+    return sweep_dir.absolute() / ".submitit" / uuid.uuid4().hex[:8]
 
 
 def link_log(job: ComposedJob, output: Path) -> Path:

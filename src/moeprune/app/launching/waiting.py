@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
@@ -75,7 +76,7 @@ class Watch:
         for folder in {job.result.parent for job in self.open.values()}:
             _refresh(folder)
         for job in list(self.open.values()):
-            if job.result.exists():
+            if _exists(job.result):
                 self._end(job, _result(job))
 
     def _take_dead(self) -> None:
@@ -95,7 +96,7 @@ class Watch:
             phase = phases[job.id]
             if phase.word != ENDED:
                 self._gone_since.pop(job.id, None)
-            elif now - self._gone_since.setdefault(job.id, now) >= SETTLED_SECONDS and not job.result.exists():
+            elif now - self._gone_since.setdefault(job.id, now) >= SETTLED_SECONDS and not _exists(job.result):
                 self._end(job, JobError(f"{phase.reason} Its log: {job.log}"))
 
     def _end(self, job: Sent, result: object) -> None:
@@ -123,7 +124,10 @@ def _result(job: Sent) -> object:
     """What the job returned, or a JobError."""
     import submitit
 
-    outcome, value = submitit.core.utils.pickle_load(job.result)
+    try:
+        outcome, value = submitit.core.utils.pickle_load(job.result)
+    except Exception as error:  # one result less must not cost those of the other jobs
+        return JobError(f"Its result {job.result} cannot be read: {error!r}")
     if outcome == "success":
         return value
     ours = f"{JobError.__module__}.{JobError.__qualname__}: "
@@ -135,5 +139,13 @@ def _result(job: Sent) -> object:
 
 def _refresh(folder: Path) -> None:
     """Reading a folder makes NFS look for new files in it."""
-    if folder.is_dir():
+    with suppress(OSError):
         os.listdir(folder)
+
+
+def _exists(file: Path) -> bool:
+    """Whether it is there; a shared file system that fails for a moment has it later."""
+    try:
+        return file.exists()
+    except OSError:
+        return False

@@ -70,6 +70,8 @@ class Tracked:
 
     def close(self, exit_code: int, timeout_s: float) -> None:
         """End the W&B run, with what is left to log; see `WandbRun.close`."""
+        if exit_code == 0:
+            self._summarise({NOW: "done"})
         if self._run is not None:
             self._run.close(exit_code, timeout_s)
 
@@ -130,4 +132,3 @@ def _log_results(
     for kind in artifacts:
         stage, file = sources[kind]
         log_artifact(run, kind, found[stage].folder / file, {"stage": stage, "key": found[stage].key})
-    run.run.summary.update({NOW: "done"})

@@ -3,11 +3,13 @@
 import logging
 import netrc
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from moeprune.app.tracking.shown import shown
 from moeprune.app.tracking.state import TrackedState
@@ -103,7 +105,8 @@ class WandbTracker:
         if os.environ.get("WANDB_SWEEP_ID"):  # W&B's agent has set where the run belongs, and W&B warns of other words
             init = {name: value for name, value in init.items() if name not in ("project", "entity", "id")}
         if mode == "offline":
-            log.info("the W&B run is kept offline; send it with: wandb sync %s/wandb/offline-run-*", run_dir)
+            folder = shlex.quote(str(run_dir / "wandb"))
+            log.info("the W&B run is kept offline; send it with: wandb sync %s/offline-run-*", folder)
         tracked.start(init, state, run_dir)
 
     def _arguments(
@@ -142,6 +145,8 @@ def _logged_in() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
-        return any("wandb" in host for host in netrc.netrc().hosts)
+        server = urlsplit(os.environ.get("WANDB_BASE_URL", "")).hostname
+        hosts = netrc.netrc(os.environ.get("NETRC")).hosts  # W&B writes to the file that NETRC names
+        return any("wandb" in host or host == server for host in hosts)
     except (OSError, netrc.NetrcParseError):
         return False
