@@ -32,13 +32,7 @@ def explained(
         return _unknown_key(error, config_folder, config_name, words)
     if isinstance(error, (OmegaConfBaseException, HydraException)):
         return InputError(str(error).splitlines()[0], change="See the composed config with --cfg job.")
-    if isinstance(error, OSError) and error.errno in (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EROFS,
-        errno.EACCES,
-        errno.ENOTDIR,
-    ):
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
         return MoepruneError(
             f"{error.filename or 'The run directory'} cannot be written: {error.strerror}.\n"
             "Free some space, or choose other places with hydra.run.dir=/path and cache_dir=/path."
