@@ -81,9 +81,10 @@ def test_failures_are_told_with_reason_log_and_the_command_that_runs_them_again(
     (sweep.folder / "1" / "moeprune.log").write_text("")
     for _ in range(3):
         sweep.add({"status": "failed", "error": {"type": "ValueError", "message": "a bug"}})
-    assert shown()[-5:] == [
+    assert shown()[-5 - LONG_MESSAGE.count("\n") :] == [
         "4 of 5 jobs did not succeed:",
         f"  job 1 (ratio=0.1): failed, BudgetError: {LONG_MESSAGE.splitlines()[0]}",
+        *(f"      {line}" for line in LONG_MESSAGE.splitlines()[1:]),
         f"      log: {sweep.folder}/1/moeprune.log",
         "  jobs 2-4 (3 jobs): failed, ValueError: a bug",
         f"Run again what did not succeed:  moeprune-rerun {sweep.folder}",

@@ -238,6 +238,12 @@ def test_the_newest_sweep_is_that_with_the_last_date_and_time(tmp_path):
     assert newest_sweep(tmp_path) == tmp_path / "2026-11-22/09-00-00-sweep"
 
 
+def test_a_sweep_whose_submission_was_refused_hides_no_other(tmp_path):
+    HandMadeSweep(tmp_path / "2026-11-22/09-00-00-sweep").add({"status": "success"})
+    HandMadeSweep(tmp_path / "2026-11-22/10-00-00-sweep")
+    assert newest_sweep(tmp_path) == tmp_path / "2026-11-22/09-00-00-sweep"
+
+
 def test_five_hundred_jobs_are_read_in_a_moment(tmp_path):
     sweep = HandMadeSweep(tmp_path / "sweep")
     for number in range(500):

@@ -241,3 +241,17 @@ def test_a_cache_that_cannot_be_written_is_explained(here, tiny, text_file):
     outcome = here(*tiny, f"cache_dir={text_file}")
     assert_explained(outcome, r"The cache .* cannot be written: .*\nChoose another place with cache_dir=/path")
     assert_manifest_says_failed(outcome, "CacheError")
+
+
+def test_a_launcher_of_sweeps_is_refused_for_a_single_run(here, tiny):
+    outcome = here(*tiny, "hydra/launcher=local")
+    assert outcome.code == 2
+    assert "hydra/launcher=local starts the jobs of a sweep." in outcome.err and "Add --multirun." in outcome.err
+    assert not outcome.manifests
+
+
+def test_a_search_that_stops_before_its_objective_is_refused_before_a_job_runs(here, tiny):
+    outcome = here("--multirun", *tiny, "hydra/sweeper=optuna", "ratio=interval(0.2,0.6)", "until=score")
+    assert outcome.code == 2
+    assert "until=score leaves a search nothing to compare" in outcome.err
+    assert not outcome.manifests

@@ -36,7 +36,14 @@ class OptunaSweeper(Sweeper):
         """
         assert self.config is not None and self.launcher is not None
         from moeprune.app.search import Search, Space
+        from moeprune.errors import InputError
 
+        asked = [word for word in arguments if word.startswith("until=") and word != "until=null"]
+        if asked:
+            raise InputError(
+                f"{asked[0]} leaves a search nothing to compare: only a whole run has an objective.",
+                change="Leave until out.",
+            )
         sweep_dir = Path(self.config.hydra.sweep.dir)
         space = Space.of([*(f"{name}={value}" for name, value in self.params.items()), *arguments])
         search = Search(**self.settings, sweep_dir=sweep_dir, space=space)

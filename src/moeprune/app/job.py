@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from moeprune.app.check import checked
 from moeprune.app.manifest import manifest, write_atomically
+from moeprune.errors import InputError
 
 if TYPE_CHECKING:
     from moeprune.app.tracking.tracked import Tracked
@@ -31,6 +32,8 @@ def run_job(config: DictConfig) -> float | None:
     """What Hydra calls for a run or for each job of a sweep; returns the objective of a search."""
     hydra = HydraConfig.get()
     run_dir, in_sweep = Path(hydra.runtime.output_dir), hydra.mode is RunMode.MULTIRUN
+    if not in_sweep and (launcher := hydra.runtime.choices["hydra/launcher"]) != "basic":
+        raise InputError(f"hydra/launcher={launcher} starts the jobs of a sweep.", change="Add --multirun.")
     choices = {name: hydra.runtime.choices.get(name) for name in REPORTED_CHOICES}
     sweep = "-".join(Path(hydra.sweep.dir).resolve().parts[-2:]) if in_sweep else None
     with ExitStack() as tracking:

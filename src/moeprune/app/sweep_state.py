@@ -57,6 +57,12 @@ class JobState:
         return _first_lines(error) if error else None
 
     @property
+    def remedy(self) -> list[str]:
+        """What the error's message says after its first line: what is possible, and what to change."""
+        error = (self.manifest or {}).get("error") if self.error else None
+        return str((error or {}).get("message", "")).splitlines()[1:]
+
+    @property
     def reason(self) -> str:
         """Why the job did not succeed, in one line."""
         return ": ".join(filter(None, self.error)) if self.error else self.detail
@@ -107,12 +113,14 @@ def read_sweep(sweep_dir: Path, by_driver: bool = False) -> SweepState:
 
 
 def newest_sweep(runs: Path) -> Path:
-    """The sweep below ``runs`` that began last. Raises InputError where there is none."""
-    found = [file.parent for name in (RECORD, "multirun.yaml") for file in runs.glob(f"*/*/{name}")]
+    """The sweep below ``runs`` that began last; one without a job, whose submission was refused, only where there is no
+    other. Raises InputError where there is none."""
+    found = {file.parent for name in (RECORD, "multirun.yaml") for file in runs.glob(f"*/*/{name}")}
     if not found:
         raise InputError(f"There is no sweep under {runs}/.", change="Give the directory that a sweep wrote to.")
     # Sweeps are named by date and time; one that has been renamed comes where its name puts it.
-    return max(found, key=lambda folder: (folder.parent.name, folder.name))
+    in_order = sorted(found, key=lambda folder: (folder.parent.name, folder.name), reverse=True)
+    return next((folder for folder in in_order if _has_jobs(folder)), in_order[0])
 
 
 def time_of(text: object) -> datetime | None:
@@ -121,6 +129,15 @@ def time_of(text: object) -> datetime | None:
         return datetime.fromisoformat(str(text))
     except ValueError:
         return None
+
+
+def _has_jobs(sweep_dir: Path) -> bool:
+    if any(sweep_dir.glob(f"*/{MANIFEST}")):
+        return True
+    try:
+        return bool(SweepRecord.read(sweep_dir).jobs)
+    except InputError:
+        return False
 
 
 def _jobs(sweep_dir: Path, record: SweepRecord | None) -> list[SweepJob]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from moeprune.app.sweep_state import FAILURES, JobState, State, SweepState
 
 MOST_REASONS = 12
+MOST_LINES = 3  # of what to change
 MOST_RANGES = 10
 
 
@@ -91,6 +92,7 @@ def _reason_lines(sweep: SweepState, state: State, reason: str, jobs: Sequence[J
         who = f"jobs {ranges((job.job.number for job in jobs), MOST_RANGES)} ({_jobs(len(jobs))})"
     logs = [log for job in jobs if (log := log_of(job)) is not None]
     lines = [f"  {who}: {state}" + (f", {reason}" if reason else "")]
+    lines += [f"      {line}" for line in jobs[0].remedy[:MOST_LINES]]
     return [*lines, f"      {'log' if len(jobs) == 1 else 'the first log'}: {logs[0]}"] if logs else lines
 
 

@@ -19,6 +19,8 @@ from moeprune.training.steps import Steps, mean_loss, take_step
 
 log = logging.getLogger(__name__)
 
+TELL_EVERY_SECONDS = 60.0  # beside the bar, for who reads a log file
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -64,7 +66,7 @@ class Run:
     def complete(self) -> Progress:
         """Take all steps that are left. Raises NumericalError when a step does; the last checkpoint then stays."""
         schedule, start = self._schedule, time.monotonic()
-        seconds_before, saved_at, first = self._progress.seconds, start, self._progress.step
+        seconds_before, first, saved_at, told_at = self._progress.seconds, self._progress.step, start, start
         self._learner.module.train()
         bar = tqdm(total=schedule.steps, initial=first, desc="training", unit="step", disable=not self._is_first)
         with bar:
@@ -72,6 +74,9 @@ class Run:
                 self._take_step(seconds_before - start)
                 bar.update()
                 bar.set_postfix(loss=f"{self._last_loss:.4g}")
+                if self._is_first and time.monotonic() - told_at >= TELL_EVERY_SECONDS:
+                    log.info("training: step %d of %d, loss %.4g", self._progress.step, schedule.steps, self._last_loss)
+                    told_at = time.monotonic()
                 if self._checkpoint_is_due(time.monotonic() - saved_at):
                     self._save()
                     saved_at = time.monotonic()

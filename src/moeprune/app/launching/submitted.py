@@ -47,6 +47,7 @@ class SubmittedJob:
 
         from moeprune.training.tasks import follow, lead
 
+        os.environ.setdefault("TQDM_DISABLE", "1")  # what a job prints goes to a file: lines instead of bars
         os.chdir(self.directory)
         sys.argv = list(self.command)
         environment = submitit.JobEnvironment()

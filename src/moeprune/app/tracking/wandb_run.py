@@ -103,6 +103,7 @@ class WandbRun:
             if self._init["mode"] != "online":
                 raise
             log.warning("W&B cannot be reached, so the run is kept offline: %s", error)
+            _forget_service()  # which still holds the run's id
             return wandb.init(**{**self._init, "mode": "offline"}, settings=settings)
 
 
