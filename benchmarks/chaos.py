@@ -146,7 +146,7 @@ def disturbed(
         "hydra.launcher.mem_gb=1",
         "hydra.launcher.cpus_per_task=2",
         # Sums come out in another order with other threads, and these are to be those of the undisturbed run.
-        "hydra.launcher.setup=[export OMP_NUM_THREADS=1]",
+        "hydra.launcher.setup=['export OMP_NUM_THREADS=1']",
     )
     commands = {name: sweep_command(folder, name, grid, *launcher) for name, grid in sweeps.items()}
     folder.mkdir(parents=True)
