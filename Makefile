@@ -15,7 +15,7 @@ demo: install
 	@echo "Next: $(BIN)/moeprune --multirun ratio=0.25,0.5,0.75 allocator=coverage,uniform scorer=attribution,activation"
 
 test: install
-	@$(BIN)/python -m pytest --numprocesses auto
+	@$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 check: install
 	@$(BIN)/ruff check .

@@ -20,6 +20,8 @@ from moeprune.training.distributed import fabric_for, launch
 from moeprune.training.processes import end_with
 from moeprune.training.tasks import lead
 
+pytestmark = pytest.mark.xdist_group("distributed")  # one process trains what all tests look at
+
 DROPOUT = 0.2
 
 

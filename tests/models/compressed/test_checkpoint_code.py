@@ -31,6 +31,8 @@ from moeprune.quantization.rtn import NearestQuantizer
 from moeprune.surgery.prune import prune
 from moeprune.types import Plan
 
+pytestmark = pytest.mark.xdist_group("stranger")  # one process makes all cases, half a minute's work
+
 TINY_MODELS = ("qwen3_renormalised", "qwen3_plain_gates", "deepseek_v2")
 IDS = torch.randint(1, 257, (2, 9), generator=torch.Generator().manual_seed(1))
 
