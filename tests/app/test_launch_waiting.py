@@ -143,4 +143,4 @@ def test_it_is_told_how_many_are_where(tmp_path, clock, caplog):
         return phases if clock[0] < 100 else dict.fromkeys(phases, GONE)
 
     Watch(jobs, ask, 1.0).wait()
-    assert caplog.messages.count("1 done, 0 failed, 1 running, 1 waiting") == 2
+    assert caplog.messages.count("1 done, 0 failed, 1 running, 1 queued") == 2

@@ -15,8 +15,8 @@ METRICS = {
 }
 
 
-def test_it_is_the_final_models_mean_perplexity_or_what_is_asked_for():
-    assert objective_of(METRICS, None) == 12.0
+def test_it_is_the_summary_metric_that_is_asked_for():
+    assert objective_of(METRICS, "final/mean_perplexity") == 12.0
     assert objective_of(METRICS, "dense/mean_perplexity") == 10.0
     assert objective_of(METRICS, "pruned+nf4/bytes/with_overhead") == 50.0
 

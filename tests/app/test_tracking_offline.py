@@ -78,7 +78,7 @@ def test_an_offline_run_holds_what_metrics_json_holds(here, tiny, text_file):
     rows = {name for row in run.history for name in row}
     assert {"dense/mean_perplexity", "pruned/mean_perplexity", "pruned+lora/mean_perplexity"} <= rows
     media = {name.split(".")[0] for name in rows}
-    assert {"tables/variants", "tables/stages", "tables/precision", "plots/kept_channels"} <= media
+    assert {"tables/variants", "tables/stages", "tables/precision", "plots/kept_channels", "plots/loss_curve"} <= media
     assert {"plan", "scores"} <= set(run.artifacts)
     assert "weights" not in run.artifacts
     assert run.exit_code == 0

@@ -54,7 +54,7 @@ class ExperimentConfig:
     fewest_tokens: int
     order: list[str]
     until: str | None
-    objective: str | None
+    objective: str
     training_data: dict[str, Any] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
     quantizer: dict[str, Any] = field(default_factory=dict)

@@ -7,14 +7,12 @@ from moeprune.app.tracking import summary_metrics
 from moeprune.errors import InputError
 
 
-def objective_of(metrics: Mapping[str, Any], name: str | None) -> float:
-    """The summary metric ``name``, such as ``pruned/mean_perplexity``; by default the final model's mean perplexity.
+def objective_of(metrics: Mapping[str, Any], name: str) -> float:
+    """The summary metric ``name``, such as ``final/mean_perplexity``.
 
     Raises InputError for a metric that the run has not.
     """
     found = summary_metrics(metrics)
-    if name is None:
-        name = f"{metrics['variants'][-1]['name']}/mean_perplexity"
     if name not in found:
         raise InputError(f"objective={name} is not a metric of this run.", possible=sorted(found), given=name)
     return float(found[name])

@@ -115,7 +115,7 @@ class Watch:
         words = [self._phases[name].word if name in self._phases else QUEUED for name in self.open]
         failed = sum(returned.status is JobStatus.FAILED for returned in self.returned.values())
         log.info(
-            "%d done, %d failed, %d running, %d waiting",
+            "%d done, %d failed, %d running, %d queued",  # the words of moeprune-status
             len(self.returned) - failed, failed, len(words) - words.count(QUEUED), words.count(QUEUED),
         )  # fmt: skip
 

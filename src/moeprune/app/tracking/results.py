@@ -7,7 +7,6 @@ from typing import Any
 
 from moeprune.app.tracking.names import stage_metrics, summary_metrics, variant_metrics
 from moeprune.app.tracking.wandb_run import WandbRun
-from moeprune.report.diagnostics_plots import write_diagnostics_plots
 
 PLOTS = ("kept_channels", "kept_widths", "score_concentration", "router_entropy", "loss_curve")
 
@@ -16,7 +15,7 @@ def log_results(tracked: WandbRun, metrics: Mapping[str, Any]) -> None:
     """The summary; ``tables/variants``, ``tables/stages``, ``tables/precision``; ``plots/...``."""
     import wandb
 
-    # First, because a plot that cannot be drawn would end it all.
+    # First, because a plot that cannot be read would end it all.
     tracked.run.summary.update(summary_metrics(metrics) | stage_metrics(metrics["stages"]))
     tables = {
         "variants": [{"variant": row["name"]} | variant_metrics("", row) for row in metrics["variants"]],
@@ -24,10 +23,7 @@ def log_results(tracked: WandbRun, metrics: Mapping[str, Any]) -> None:
         "precision": [{"variant": of["name"]} | part for of in metrics["variants"] for part in of.get("precision", ())],
     }
     row: dict[str, Any] = {f"tables/{name}": _table(rows) for name, rows in tables.items() if rows}
-    diagnostics, run_dir = tracked.run_dir / "diagnostics.json", tracked.run_dir
-    if diagnostics.exists() and not (run_dir / "kept_channels.png").exists():
-        write_diagnostics_plots(diagnostics)
-    plots = {name: run_dir / f"{name}.png" for name in PLOTS}
+    plots = {name: tracked.run_dir / f"{name}.png" for name in PLOTS}
     row |= {f"plots/{name}": wandb.Image(str(file)) for name, file in plots.items() if file.exists()}
     tracked.log(row)
 

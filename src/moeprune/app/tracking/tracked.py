@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeprune.app.tracking.names import variant_metrics
+from moeprune.app.tracking.results import log_artifact, log_results
 from moeprune.app.tracking.state import TrackedState
 from moeprune.app.tracking.wandb_run import WandbRun
 
@@ -120,8 +121,6 @@ def _start(run: WandbRun) -> None:
 def _log_results(
     run: WandbRun, metrics: Mapping[str, Any], found: Mapping[str, "Artifact"], artifacts: Sequence[str]
 ) -> None:
-    from moeprune.app.tracking.results import log_artifact, log_results  # they draw, which takes a second to load
-
     log_results(run, metrics)
     last_model = next(stage for stage in reversed(list(found)) if stage in MODELS)
     sources = {
