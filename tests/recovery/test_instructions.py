@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from moeprune.calibration.records import RecordSource
 from moeprune.errors import InputError
 from moeprune.recovery.instructions import InstructionData
 from moeprune.recovery.prompts import ChatTemplate, PromptTemplate
-from moeprune.recovery.records import RecordSource
 
 TEMPLATE = PromptTemplate(["Q{question}\n"], "{answer}")
 

@@ -11,7 +11,6 @@ from omegaconf import DictConfig
 
 from moeprune.app.check import asked_ratio
 from moeprune.errors import InputError, MoepruneError
-from moeprune.models.shape import read_shape
 from moeprune.models.source import ModelSource
 from moeprune.pipeline.experiment import Experiment
 from moeprune.pipeline.target import ratio_for_quantized_bytes
@@ -63,7 +62,7 @@ def _ratio(config: DictConfig, model: ModelSource, allocator: Any, surgery: Any,
             "them.",
             change="Use a channel allocator such as allocator=coverage, surgery=keep_rows, or a target in bytes.",
         )
-    channels_at_once = at_once(read_shape(folder)) if at_once else model.alignment
+    channels_at_once = at_once(model.shape()) if at_once else model.alignment
     if config.target_bytes is not None and config.target_active_parameters is None and quantizer is not None:
         return ratio_for_quantized_bytes(config.target_bytes, model, quantizer, channels_at_once)
     return asked_ratio(config, folder, channels_at_once)

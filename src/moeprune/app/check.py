@@ -11,7 +11,7 @@ from omegaconf.errors import ConfigKeyError, InterpolationToMissingValueError, M
 from moeprune.allocation.budget import Budget
 from moeprune.allocation.targets import ratio_for_active_parameters, ratio_for_bytes
 from moeprune.errors import InputError
-from moeprune.models.shape import local_folder, read_shape, read_sizes
+from moeprune.models.shape import ExpertShape, local_folder, read_shape, read_sizes
 from moeprune.pipeline.until import GROUP_OF, check_until
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -33,6 +33,7 @@ class ModelConfig:
     streaming: str = "auto"
     activations_gib: float = 4.0
     expected: dict[str, Any] | None = None
+    experts_per_token: int | None = None
 
 
 @dataclass
@@ -109,7 +110,7 @@ def _check_model(config: DictConfig) -> None:
     by_quantizer = config.target_bytes is not None and "_target_" in config.quantizer
     if folder is not None and not by_quantizer:
         limits = {"alignment": model.alignment, "minimum_width": model.minimum_width}
-        Budget.for_model(read_shape(folder), ratio=asked_ratio(config, folder, model.alignment), **limits)
+        Budget.for_model(_shape(config, folder), ratio=asked_ratio(config, folder, model.alignment), **limits)
 
 
 def asked_ratio(config: DictConfig, folder: Path, channels_at_once: int) -> float:
@@ -126,8 +127,12 @@ def asked_ratio(config: DictConfig, folder: Path, channels_at_once: int) -> floa
     if target_bytes is not None:
         per_parameter = {"float32": 4}.get(config.model.dtype, 2)
         return ratio_for_bytes(
-            target_bytes, read_sizes(folder), read_shape(folder), bytes_per_parameter=per_parameter, **limits
+            target_bytes, read_sizes(folder), _shape(config, folder), bytes_per_parameter=per_parameter, **limits
         )
     if target_active is not None:
-        return ratio_for_active_parameters(target_active, read_sizes(folder), read_shape(folder), **limits)
+        return ratio_for_active_parameters(target_active, read_sizes(folder), _shape(config, folder), **limits)
     return float(config.ratio)
+
+
+def _shape(config: DictConfig, folder: Path) -> ExpertShape:
+    return read_shape(folder, config.model.experts_per_token)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -18,6 +18,9 @@ from moeprune.errors import InputError
 from moeprune.models.shape import local_folder
 from moeprune.report.footprint import GIBIBYTE, GPUS, FootprintRow, require_possible_file, write_footprint
 from moeprune.report.published import KINDS_TEXT
+
+if TYPE_CHECKING:
+    from moeprune.models.source import ModelSource
 
 USAGE = """\
 moeprune-footprint - predicted sizes of pruned and quantised models, without their weights
@@ -104,44 +107,63 @@ def _checked(config: DictConfig) -> DictConfig:
 def _rows(configs: Sequence[DictConfig]) -> Iterator[FootprintRow]:
     from moeprune.app.build import build_optional
 
-    dense: dict[str, Any] = {}
+    models: dict[str, Unpruned] = {}
     for config in configs:
-        source = build_optional("model", config.model)
         key = str(config.model)
-        if key not in dense:
-            dense[key] = _Dense(source)
-        yield _row(config, source, dense[key], build_optional("quantizer", config.quantizer))
+        if key not in models:
+            models[key] = Unpruned(build_optional("model", config.model))
+        deployed = Deployed(config.context, config.batch, config.margin_gib)
+        yield predicted_row(models[key], config.ratio, build_optional("quantizer", config.quantizer), deployed)
 
 
-class _Dense:
-    """The unpruned model, without memory for its weights, and what every row says of it."""
+@dataclass(frozen=True)
+class Deployed:
+    """How a model is to be run: sequences of so many tokens, so many at once, and what a GPU needs besides."""
 
-    def __init__(self, source: Any) -> None:
+    context: int
+    batch: int
+    margin_gib: float
+
+
+class Unpruned:
+    """A model that may not be here, without memory for its weights, and what every row says of it.
+
+    Its shapes are those that its source expects, or those in the folder of the checkpoint.
+    """
+
+    def __init__(self, source: "ModelSource") -> None:
         from moeprune.models.expected import config_of, read_config
         from moeprune.models.footprint.prediction import empty_model, even_widths, predict, shape_of
+        from moeprune.models.routing import send_to_experts
+        from moeprune.models.shape import sent_to_experts
 
         facts = config_of(source.expected) if source.expected else read_config(source.folder())
+        self.source = source
         self.model = empty_model(facts, source.computation_dtype)
-        self.shape = shape_of(self.model)
+        self.shape = sent_to_experts(shape_of(self.model), source.experts_per_token, facts.model_type)
+        send_to_experts(self.model, source.experts_per_token)
         whole = even_widths(self.shape, self.shape.layers * self.shape.experts * self.shape.width, 1, self.shape.width)
         predicted = predict(self.model, whole, source.computation_dtype)
         self.parameters = predicted.parameters.total
+        self.held_bytes = predicted.bytes.in_memory
         self.largest_layer = predicted.largest_layer
 
 
-def _row(config: DictConfig, source: Any, dense: _Dense, quantizer: Any) -> FootprintRow:
+def predicted_row(dense: Unpruned, ratio: float, quantizer: Any, deployed: Deployed) -> FootprintRow:
+    """What the model takes with ``ratio`` of its routed channels removed, experts of even widths, then quantised."""
     from moeprune.models.footprint.kv_cache import cache_size
     from moeprune.models.footprint.prediction import even_widths, predict
 
+    source = dense.source
     limits = {"alignment": source.alignment, "minimum_width": source.minimum_width}
-    budget = Budget.for_model(dense.shape, ratio=config.ratio, **limits)
+    budget = Budget.for_model(dense.shape, ratio=ratio, **limits)
     widths_LE = even_widths(dense.shape, budget.kept_channels, **limits)
     predicted = predict(dense.model, widths_LE, source.storage_dtype, quantizer)
-    cache = cache_size(dense.model.config, config.context, source.computation_dtype.itemsize)
-    held = predicted.bytes.in_memory + config.batch * cache.at_context
+    cache = cache_size(dense.model.config, deployed.context, source.computation_dtype.itemsize)
+    held = predicted.bytes.in_memory + deployed.batch * cache.at_context
     return FootprintRow(
         model=source.name,
-        ratio=config.ratio,
+        ratio=ratio,
         removed_ratio=1 - budget.kept_channels / budget.total_channels,
         precision=quantizer.label if quantizer else SHORT_NAMES[source.dtype],
         bits=quantizer.bits if quantizer else 8 * source.storage_dtype.itemsize,
@@ -156,8 +178,8 @@ def _row(config: DictConfig, source: Any, dense: _Dense, quantizer: Any) -> Foot
         held_bytes=predicted.bytes.in_memory,
         largest_layer_bytes=dense.largest_layer,
         cache_per_token=cache.per_token,
-        cache_bytes=config.batch * cache.at_context,
-        needed_bytes=held + int(config.margin_gib * GIBIBYTE),
+        cache_bytes=deployed.batch * cache.at_context,
+        needed_bytes=held + int(deployed.margin_gib * GIBIBYTE),
     )
 
 

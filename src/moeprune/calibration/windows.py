@@ -76,6 +76,8 @@ def windows_of_text(
     enough = count * body * CHARACTERS_PER_TOKEN
     if seed is None or len(text) <= enough:
         bodies = _consecutive(tokenizer, text[:enough], body)
+        if seed is not None and len(bodies) > count:
+            bodies = random.Random(seed).sample(bodies, count)
     else:
         bodies = _sampled(tokenizer, text, body, count, seed)
     if not bodies:

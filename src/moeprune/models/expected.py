@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from moeprune.errors import ModelError
 from moeprune.models import families  # noqa: F401  (makes transformers know DeepSeekMoE version 1)
 from moeprune.models.compressed.files import PREFIX
-from moeprune.models.shape import read_json
+from moeprune.models.headers import read_json
 
 
 def config_of(facts: Mapping[str, Any]) -> PreTrainedConfig:

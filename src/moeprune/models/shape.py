@@ -1,16 +1,16 @@
 """Where a checkpoint lies and how its experts are shaped; needs no torch, so a wrong request is refused at once."""
 
-import json
 import math
 import re
-import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from math import prod
 from pathlib import Path
 
 from moeprune.errors import InputError, ModelError
+from moeprune.models.headers import read_header, read_json
+from moeprune.models.planted import planted_folder, planted_names
 
 EMBEDDED = "embedded:"
 _LAYER = r"(?P<layer>.*\.layers\.\d+\.(?:.*\.)?"
@@ -26,6 +26,8 @@ _ROUTED = re.compile(
 _QUANTISED = ("U8", "I8", "I16", "I32")
 # What config.json calls the number of experts per token; the second name is ERNIE's.
 _TOP_K = ("num_experts_per_tok", "moe_k")
+# Families whose routers choose as many experts as they were made for, whatever the config says.
+_FIXED_TOP_K = ("phimoe",)
 # The groups that transformers' config class of these DeepSeek families takes where config.json names none.
 _UNSAID_GROUPS = {"deepseek_v3": 8, "deepseek_v32": 8}
 _IN_LAYER = re.compile(r".*\.layers\.(?P<index>\d+)\.")
@@ -65,15 +67,21 @@ def _embedded_root() -> Path:
 
 
 def local_folder(path: str) -> Path | None:
-    """The folder of ``embedded:NAME`` or of a local path; None for what must be a hub name.
+    """The folder of ``embedded:NAME``, or of a local path; None for what must be a hub name.
+
+    Those of `moeprune.models.planted` are made when they are first asked for.
 
     Raises InputError for an embedded name or a path that does not exist.
     """
     if path.startswith(EMBEDDED):
         name = path.removeprefix(EMBEDDED)
-        if name not in embedded_models():
-            raise InputError(f"Embedded model {name!r} does not exist.", possible=embedded_models(), given=name)
-        return _embedded_root() / name
+        if name in embedded_models():
+            return _embedded_root() / name
+        planted = {made: dense for dense in embedded_models() for made in planted_names(dense)}
+        if name in planted:
+            return planted_folder(_embedded_root() / planted[name], name)
+        known = [*embedded_models(), *planted]
+        raise InputError(f"Embedded model {name!r} does not exist.", possible=known, given=name)
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -86,10 +94,13 @@ def local_folder(path: str) -> Path | None:
     return None
 
 
-def read_shape(folder: Path) -> ExpertShape:
+def read_shape(folder: Path, experts_per_token: int | None = None) -> ExpertShape:
     """The experts' shape from the safetensors headers and the config's experts per token and groups of experts.
 
-    Raises ModelError when the checkpoint is incomplete, damaged, quantised, or has no routed experts of one shape.
+    ``experts_per_token``, where it is given, takes the place of the config's.
+
+    Raises ModelError when the checkpoint is incomplete, damaged, quantised, or has no routed experts of one shape;
+    InputError as `sent_to_experts` does.
     """
     config = _text_config(folder)
     experts_of: dict[str, int] = {}
@@ -109,7 +120,7 @@ def read_shape(folder: Path) -> ExpertShape:
     for layer, shape in fused_down.items():
         experts_of[layer] = shape[0]
         widths.add(_fused_width(fused_up.get(layer), shape))
-    top_k = next((config[key] for key in _TOP_K if key in config), None)
+    top_k = _top_k(config)
     if len(set(experts_of.values())) != 1 or len(widths) != 1 or not isinstance(top_k, int):
         raise ModelError(
             f"{folder} ({config.get('model_type', 'unknown type')}) is no MoE checkpoint that can be pruned.\n"
@@ -119,7 +130,39 @@ def read_shape(folder: Path) -> ExpertShape:
             "Use a checkpoint of a family that docs/model.md lists, and one that is not pruned."
         )
     experts = next(iter(experts_of.values()))
-    return ExpertShape(len(experts_of), experts, widths.pop(), top_k, _routes_by_group(config))
+    stored = ExpertShape(len(experts_of), experts, widths.pop(), top_k, _routes_by_group(config))
+    return sent_to_experts(stored, experts_per_token, str(config.get("model_type")))
+
+
+def sent_to_experts(shape: ExpertShape, experts_per_token: int | None, family: str) -> ExpertShape:
+    """The shape of a model whose tokens are sent to so many experts; None: as many as before.
+
+    Raises InputError for a number that its routers cannot choose.
+    """
+    if experts_per_token in (None, shape.top_k):
+        return shape
+    asked = f"model.experts_per_token={experts_per_token} is not possible: "
+    if family in _FIXED_TOP_K:
+        raise InputError(
+            f"{asked}routers of the family {family} always choose {shape.top_k}.", change="Use null or another model."
+        )
+    # Where groups are chosen first, the experts of the others are out of reach.
+    most = shape.top_k if shape.routes_by_group else shape.experts
+    if not 1 <= experts_per_token <= most:
+        raise InputError(
+            f"{asked}a layer has {shape.experts} experts, and a token can be sent to 1 to {most} of them.",
+            change=f"Use a number in that range, or null for the checkpoint's own {shape.top_k}.",
+        )
+    return replace(shape, top_k=experts_per_token)
+
+
+def read_top_k(folder: Path) -> int | None:
+    """How many experts a token is sent to by the checkpoint's config. Raises ModelError when that is damaged."""
+    return _top_k(_text_config(folder))
+
+
+def _top_k(config: dict) -> int | None:
+    return next((config[key] for key in _TOP_K if key in config), None)
 
 
 def _fused_width(up: list[int] | None, down: list[int]) -> int:
@@ -182,36 +225,3 @@ def weight_files(folder: Path) -> list[Path]:
             "Only safetensors checkpoints are read; download the missing files."
         )
     return [folder / name for name in sorted(names)]
-
-
-def read_header(file: Path) -> dict[str, dict]:
-    """{tensor name: {"dtype", "shape", "data_offsets"}} of a safetensors file.
-
-    Raises ModelError when the file is truncated or no safetensors file.
-    """
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > file.stat().st_size:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if file.stat().st_size != 8 + length + end:
-            raise ValueError(f"{8 + length + end} bytes were expected, {file.stat().st_size} are there")
-    except (ValueError, struct.error, KeyError, TypeError) as error:
-        raise ModelError(f"{file} is damaged: {error}.\nCopy or download it again.") from error
-    return header
-
-
-def read_json(file: Path) -> dict:
-    """The object in a JSON file. Raises ModelError when it is missing or damaged."""
-    try:
-        values = json.loads(file.read_text())
-        if not isinstance(values, dict):
-            raise ValueError("it holds no JSON object")
-    except FileNotFoundError:
-        raise ModelError(f"{file.parent} is no checkpoint: it has no {file.name}.") from None
-    except ValueError as error:
-        raise ModelError(f"{file} is damaged: {error}") from error
-    return values

@@ -16,14 +16,16 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from moeprune.errors import InputError, ModelError, require_choice
+from moeprune.errors import InputError, ModelError, require_choice, require_positive
 from moeprune.models.adapter import moe_layers
 from moeprune.models.compressed.reader import checkpoint_tensors, load_compressed
+from moeprune.models.digest import file_digest
 from moeprune.models.expected import require_expected
 from moeprune.models.families import to_contract
 from moeprune.models.layers.stored import StoredTensor, stored_tensors
 from moeprune.models.layers.streaming import Model, skeleton, stream_compressed, stream_dense
-from moeprune.models.shape import local_folder, weight_files
+from moeprune.models.routing import send_to_experts
+from moeprune.models.shape import ExpertShape, local_folder, read_shape, read_top_k, weight_files
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +36,6 @@ LARGEST_SHARE_OF_MEMORY = 0.6
 CONTROL_GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 ALIGNMENT_BYTES = 64  # of what PyTorch itself puts into memory
 
-# Files up to this size are identified by their content, larger ones by header, size and time of change.
-WHOLE_FILE_BYTES = 64 * 2**20
-HEAD_BYTES = 2**20
 # Configs and vocabularies; a model card does not change results.
 DESCRIBING_SUFFIXES = (".json", ".model", ".txt")
 
@@ -53,7 +52,9 @@ class ModelSource:
     ``activations_gib`` is how much of the hidden states a walk over streamed layers keeps in memory; the rest is read
     from files. ``device`` "auto" and "cuda" are the first GPU, and all of them where layers are streamed.
 
-    ``expected`` are facts that the checkpoint's config must have; they fix all shapes.
+    ``experts_per_token`` is how many experts a token is sent to, in the dense model and in all that is made of it; None
+    is as many as the checkpoint says. ``expected`` are facts that the checkpoint's config must have; they fix all
+    shapes.
 
     Raises InputError for settings that do not exist.
     """
@@ -69,8 +70,11 @@ class ModelSource:
     streaming: str = AUTO
     activations_gib: float = 4.0
     expected: Mapping[str, Any] | None = None
+    experts_per_token: int | None = None
 
     def __post_init__(self) -> None:
+        if self.experts_per_token is not None:
+            require_positive(self, "experts_per_token")
         require_choice("model.streaming", str(self.streaming), (AUTO, ALWAYS, NEVER))
         if not self.activations_gib >= 0:
             raise InputError(
@@ -133,19 +137,33 @@ class ModelSource:
         digest = hashlib.sha256()
         described = sorted(file for file in folder.iterdir() if file.suffix in DESCRIBING_SUFFIXES)
         for file in [*described, *weight_files(folder)]:
-            digest.update(file.name.encode() + b"\0" + _file_digest(file))
-        return {"content": digest.hexdigest(), "compute_dtype": self.compute_dtype}
+            digest.update(file.name.encode() + b"\0" + file_digest(file))
+        own: dict[str, object] = {"content": digest.hexdigest(), "compute_dtype": self.compute_dtype}
+        if self.experts_per_token in (None, read_top_k(folder)):
+            return own
+        return {**own, "experts_per_token": self.experts_per_token}
+
+    def shape(self) -> ExpertShape:
+        """The shape of the experts, from the files' headers. Raises as `moeprune.models.shape.read_shape` does."""
+        return read_shape(self.folder(), self.experts_per_token)
 
     def load(self) -> Model:
-        """The dense model for inference. Raises ModelError when it is damaged or has no routed experts."""
+        """The dense model for inference.
+
+        Raises ModelError when it is damaged or has no routed experts, InputError for an impossible
+        ``experts_per_token``.
+        """
         folder = self.folder()
         require_expected(folder, self.expected)
+        if self.experts_per_token is not None:
+            self.shape()
         model: Model
         if self.streams():
             model = stream_dense(folder, self.computation_dtype, self.placements, self.activations_gib)
         else:
             model = self._in_memory(folder)
         moe_layers(skeleton(model))
+        send_to_experts(skeleton(model), self.experts_per_token)
         return model
 
     def streams(self) -> bool:
@@ -204,15 +222,6 @@ class ModelSource:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ModelError(f"The tokenizer in {folder} cannot be loaded: {error}") from error
-
-
-def _file_digest(file: Path) -> bytes:
-    status = file.stat()
-    if status.st_size <= WHOLE_FILE_BYTES:
-        return hashlib.sha256(file.read_bytes()).digest()
-    with file.open("rb") as stream:
-        head = stream.read(HEAD_BYTES)
-    return hashlib.sha256(head + f"{status.st_size} {status.st_mtime_ns}".encode()).digest()
 
 
 def _bytes_in_memory(tensor: StoredTensor, dtype: torch.dtype) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 
 from moeprune.errors import BudgetError, InputError
 from moeprune.models.expected import read_config
-from moeprune.models.footprint.prediction import empty_model, even_widths, predict, shape_of
+from moeprune.models.footprint.prediction import empty_model, even_widths, predict
 from moeprune.models.source import ModelSource
 
 
@@ -21,7 +21,7 @@ def ratio_for_quantized_bytes(target: int, source: ModelSource, quantizer: Any, 
     if target <= 0:
         raise InputError(f"target_bytes={target} is not possible.", change="Use a number above 0.")
     model = empty_model(read_config(source.folder()), source.computation_dtype)
-    shape = shape_of(model)
+    shape = source.shape()
     minimum, channels = source.minimum_width, shape.layers * shape.experts * shape.width
     block = shape.width if channels_at_once % shape.width == 0 else source.alignment
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
+from moeprune.calibration.records import RecordSource
 from moeprune.errors import InputError, require_positive
 from moeprune.recovery.packing import Example, Packing
 from moeprune.recovery.prompts import Template, Turn
-from moeprune.recovery.records import RecordSource
 from moeprune.training.data import LabelledWindows
 
 log = logging.getLogger(__name__)

@@ -1,15 +1,15 @@
 """How a record becomes what the model reads and what it should answer."""
 
-import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from moeprune.calibration.fields import first_filled, is_filled, require_fields, require_text, template_fields
+from moeprune.calibration.records import Record
 from moeprune.errors import InputError
-from moeprune.recovery.records import Record
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,17 @@ class PromptTemplate:
         if isinstance(self.prompts, str) or not self.prompts:
             raise InputError(f"prompts={self.prompts} is no list.", change="Give a list of one or more templates.")
         for template in self.prompts:
-            _fields(template)
-        if not _fields(self.answer):
+            template_fields(template)
+        if not template_fields(self.answer):
             raise InputError(f"The answer {self.answer!r} has no field.", change="Write one in braces: {output}.")
 
     def __call__(self, record: Record, tokenizer: PreTrainedTokenizerBase) -> Turn | None:
         """The turn. Raises InputError when the record has not the fields."""
-        filled = {name for name, value in record.items() if _is_filled(value)}
-        _require_fields(_fields(self.answer), record)
-        prompt = next((each for each in self.prompts if _fields(each) <= filled), None)
-        if prompt is None:
-            _require_fields(set().union(*map(_fields, self.prompts)), record)
-        if prompt is None or not _fields(self.answer) <= filled:
+        answer, prompt = first_filled([self.answer], record), first_filled(self.prompts, record)
+        if answer is None or prompt is None:
             return None
-        _require_text(_fields(prompt) | _fields(self.answer), record)
-        return Turn(prompt.format_map(record), self.answer.format_map(record), ends=False)
+        require_text(template_fields(prompt) | template_fields(answer), record)
+        return Turn(prompt.format_map(record), answer.format_map(record), ends=False)
 
 
 @dataclass(frozen=True)
@@ -76,13 +72,13 @@ class ChatTemplate:
                 "The model's tokenizer has no chat template, which chats need.",
                 change="Use data with a prompt template of its own, such as training_data=alpaca.",
             )
-        _require_fields({self.messages}, record)
+        require_fields({self.messages}, record)
         messages = record[self.messages]
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             raise InputError(f"{self.messages} is no list of messages: {str(messages)[:60]}.")
         for message in messages:
-            _require_fields({"role", "content"}, message)
-        if len(messages) < 2 or messages[-1]["role"] != "assistant" or not _is_filled(messages[-1]["content"]):
+            require_fields({"role", "content"}, message)
+        if len(messages) < 2 or messages[-1]["role"] != "assistant" or not is_filled(messages[-1]["content"]):
             return None
         prompt = _written(tokenizer, messages[:-1], asks=True)
         whole = _written(tokenizer, messages, asks=False)
@@ -101,42 +97,3 @@ def _written(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]],
     except (TemplateError, TypeError) as error:  # of another type where contents are no text
         roles = ", ".join(str(message["role"]) for message in messages)
         raise InputError(f"The chat template cannot write messages of {roles}: {error}.") from error
-
-
-def _fields(template: str) -> set[str]:
-    """The fields in braces. Raises InputError for what is no format string of plain names."""
-    change = "Write a record's field in braces, {output}, and a brace itself as {{ or }}."
-    try:
-        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
-    except (ValueError, TypeError) as error:
-        raise InputError(f"The template {template!r} is not possible: {error}.", change=change) from None
-    if not all(name and name.isidentifier() and not spec and not conversion for _, name, spec, conversion in parts):
-        raise InputError(f"The template {template!r} has fields that are more or less than a name.", change=change)
-    return {str(name) for _, name, _, _ in parts}
-
-
-def _is_filled(value: object) -> bool:
-    """Whether there is something to read; NaN is how tables without a value there come out as JSON."""
-    return value is not None and value == value and bool(str(value).strip())
-
-
-def _require_text(fields: set[str], record: Record) -> None:
-    """Raise InputError for lists and objects, which would be written in Python's notation."""
-    for name in sorted(fields):
-        value = record[name]
-        if isinstance(value, (Mapping, Sequence)) and not isinstance(value, str):
-            raise InputError(
-                f"The field {name} of a record is a {type(value).__name__}, not text: {str(value)[:60]}.",
-                change="Give text in a field of its own; for a list of messages use training_data=chat_file.",
-            )
-
-
-def _require_fields(fields: set[str], record: Record) -> None:
-    missing = sorted(fields - set(record))
-    if missing:
-        raise InputError(
-            f"A record of the training data has no field {', '.join(missing)}.",
-            possible=record,
-            given=missing[0],
-            change="Name the fields of your data in the template.",
-        )

@@ -13,9 +13,10 @@ from moeprune.models.compressed.adapters import ADAPTERS
 from moeprune.models.compressed.four_bit import four_bit_modules
 from moeprune.models.compressed.quantized import module_of, quantized_modules
 from moeprune.models.footprint.tensors import held_bytes
+from moeprune.models.headers import read_header
 from moeprune.models.layers.streaming import Model, skeleton
 from moeprune.models.runtime.grouped import GroupedWeight
-from moeprune.models.shape import read_header, weight_files
+from moeprune.models.shape import weight_files
 
 # What bitsandbytes stores beside the codes of a layer in eight bits.
 PARTS_OF_EIGHT_BITS = (".SCB", ".weight_format")

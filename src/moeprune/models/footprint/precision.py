@@ -13,10 +13,11 @@ from moeprune.models.compressed.files import CONFIG
 from moeprune.models.compressed.quantized import module_of, quantized_modules
 from moeprune.models.footprint.measured import adapter_files, stored_bytes
 from moeprune.models.footprint.tensors import BYTES_OF, CODES
+from moeprune.models.headers import read_header, read_json
 from moeprune.models.layers.dense_checkpoint import Renaming
 from moeprune.models.parts import OTHER, PARTS, ROUTED, part_of_modules
 from moeprune.models.runtime.structure import nearest
-from moeprune.models.shape import read_header, read_json, weight_files
+from moeprune.models.shape import weight_files
 
 NAMES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moeprune.errors import ModelError
-from moeprune.models.shape import read_header
+from moeprune.models.headers import read_header
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

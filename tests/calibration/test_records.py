@@ -5,8 +5,8 @@ import json
 import datasets
 import pytest
 
+from moeprune.calibration.records import RecordSource
 from moeprune.errors import InputError
-from moeprune.recovery.records import RecordSource
 
 RECORDS = [{"instruction": "Add 1 and 2.", "output": "3"}, {"instruction": "é\u2028?", "output": "ok"}]
 
@@ -74,7 +74,7 @@ def test_identity_of_a_file_follows_content_and_not_place(write):
 def test_identity_of_a_hub_data_set_is_what_names_it():
     source = RecordSource("owner/name", revision="abc")
     assert source.identity() == {
-        "path": "owner/name", "split": "train", "subset": None, "files": None, "revision": "abc",
+        "path": "owner/name", "split": "train", "subset": None, "files": None, "revision": "abc", "first": None,
     }  # fmt: skip
 
 
@@ -89,10 +89,54 @@ def test_a_data_set_of_the_hub_is_asked_for_as_configured(monkeypatch):
     source = RecordSource("owner/name", "test", subset="main", files="part-*", revision="abc")
     records = source.read()
     assert [dict(records[index]) for index in range(len(records))] == RECORDS
-    assert asked == [(("owner/name", "main"), {"split": "test", "data_files": "part-*", "revision": "abc"})]
+    keywords = {"split": "test", "data_files": "part-*", "revision": "abc", "streaming": False}
+    assert asked == [(("owner/name", "main"), keywords)]
+
+
+def test_the_first_records_of_a_data_set_are_streamed_and_no_more_is_read(monkeypatch):
+    seen = []
+
+    def generated():
+        for number in range(1000):
+            seen.append(number)
+            yield {"number": number}
+
+    def load_dataset(*arguments, streaming, **keywords):
+        assert streaming
+        return datasets.IterableDataset.from_generator(generated)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert [record["number"] for record in RecordSource("owner/name", first=3).read()] == [0, 1, 2]
+    assert len(seen) < 10
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_the_first_records_of_a_file(tmp_path, name):
+    lines = map(json.dumps, RECORDS)
+    text = json.dumps(RECORDS) if name.endswith(".json") else "\n\n".join(lines)
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    first = RecordSource(str(tmp_path / name), first=1)
+    assert first.read() == RECORDS[:1]
+    assert first.identity() != RecordSource(str(tmp_path / name)).identity()
+
+
+def test_no_records_at_all_cannot_be_asked_for():
+    with pytest.raises(InputError, match="first=0 is not possible"):
+        RecordSource("owner/name", first=0)
+
+
+def test_identity_of_a_folder_follows_content_and_not_place(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.jsonl").write_text('{"text": "a"}\n')
+    one, two = (RecordSource(str(tmp_path / folder)) for folder in ("one", "two"))
+    before = one.identity()
+    assert two.identity() == before
+    (tmp_path / "one" / "train.jsonl").write_text('{"text": "b"}\n')
+    assert one.identity() != before
 
 
 def test_a_data_set_that_cannot_be_reached_says_what_to_do_without_a_connection(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"(?s)owner/name cannot be had.*HF_HOME.*training_data\.records\.path"):
+    with pytest.raises(InputError, match=r"(?s)owner/name cannot be had.*HF_HOME.*records\.path"):
         RecordSource("owner/name").read()

@@ -1,4 +1,4 @@
-"""Where records of instruction data come from: a local JSON file, or a data set on the Hugging Face hub."""
+"""Where records come from: a local JSON file, a data set on the Hugging Face hub, or a local copy of one."""
 
 import hashlib
 import json
@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moeprune.errors import InputError
+from moeprune.errors import InputError, require_positive
+from moeprune.models.digest import file_digest
 
 Record = Mapping[str, Any]
 
@@ -16,12 +17,15 @@ SUFFIXES = (".json", ".jsonl")
 
 @dataclass(frozen=True)
 class RecordSource:
-    """A local UTF-8 file, ``.json`` with one list of objects or ``.jsonl`` with an object per line; or a hub name.
+    """Records of a local UTF-8 file, of a data set on the hub by its name, or of a folder laid out as one.
 
-    Of a data set on the hub, which is downloaded once: ``subset`` is its configuration, where it has several; ``files``
-    a pattern, where only some of its files are wanted (they are the split "train"); ``revision`` a commit, without
-    which the newest is taken. A local file is read whole, so that it can stand in for a data set where there is no
-    connection.
+    A file is ``.json`` with one list of objects, or ``.jsonl`` with an object per line; it can stand in for a data set
+    where there is no connection. Of a data set: ``subset`` is its configuration, where it has several; ``files`` a
+    pattern, where only some of its files are wanted (they are the split "train"); ``revision`` a commit, without which
+    the newest is taken. With ``first`` only so many records are read, in the order of the files, and no more than
+    these are downloaded; without it the whole split is, once.
+
+    Raises InputError for ``first`` below 1.
     """
 
     path: str
@@ -29,47 +33,67 @@ class RecordSource:
     subset: str | None = None
     files: str | None = None
     revision: str | None = None
+    first: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.first is not None:
+            require_positive(self, "first")
 
     def read(self) -> Sequence[Record]:
         """The records, in their order. Raises InputError for what is missing or holds no records, with the line."""
-        records = self._of_file() if self._is_file() else self._of_hub()
+        records = self._of_file() if self._is_file() else self._of_data_set()
         if len(records) == 0:
             raise InputError(f"{self.path} holds no record.", change="Give a file or a split with at least one.")
         return records
 
     def identity(self) -> dict[str, object]:
-        """What the content depends on, for cache keys: of a file its digest, of a data set its name and revision."""
-        if not self._is_file():
-            return asdict(self)
-        return {"suffix": Path(self.path).suffix, "content": hashlib.sha256(self._text().encode()).hexdigest()}
+        """What the content depends on, for cache keys: of files their digest, of the hub's data the name and commit."""
+        if self._is_file():
+            content = hashlib.sha256(self._text().encode()).hexdigest()
+            return {"suffix": Path(self.path).suffix, "content": content, "first": self.first}
+        settings = asdict(self)
+        if Path(self.path).is_dir():
+            settings["path"] = self._folder_digest()
+        return settings
 
     def _is_file(self) -> bool:
         return Path(self.path).suffix in SUFFIXES
 
-    def _of_hub(self) -> Sequence[Record]:
-        if Path(self.path).exists():
+    def _of_data_set(self) -> Sequence[Record]:
+        if Path(self.path).is_file():
             raise InputError(f"{self.path} is no .json or .jsonl file.", change="Give the path of one, or a hub name.")
         import datasets  # takes seconds, and most runs do not need it
 
         try:
             records: Any = datasets.load_dataset(
-                self.path, self.subset, split=self.split, data_files=self.files, revision=self.revision
+                self.path,
+                self.subset,
+                split=self.split,
+                data_files=self.files,
+                revision=self.revision,
+                streaming=self.first is not None,
             )
+            return records if self.first is None else list(records.take(self.first))
         except Exception as error:  # the library raises a dozen kinds
             raise InputError(
                 f"The data set {self.path} cannot be had: {error}",
                 change="Check the name and the connection. Without one, set HF_HOME to a cache that holds it, or "
-                "training_data.records.path to a .json or .jsonl file of its records.",
+                "records.path to a .json or .jsonl file of its records or to a folder with a copy of it.",
             ) from error
-        return records
+
+    def _folder_digest(self) -> str:
+        digest, folder = hashlib.sha256(), Path(self.path)
+        for file in sorted(file for file in folder.glob(self.files or "**/*") if file.is_file()):
+            digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file_digest(file))
+        return digest.hexdigest()
 
     def _of_file(self) -> Sequence[Record]:
         text = self._text()
         if Path(self.path).suffix == ".json":
-            return self._of_list(text)
+            return self._of_list(text)[: self.first]
         # Not splitlines: it also splits at characters that JSON allows within a string.
-        lines = enumerate(text.split("\n"), start=1)
-        return [self._of_line(number, line) for number, line in lines if line.strip()]
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        return [self._of_line(number, line) for number, line in lines[: self.first]]
 
     def _of_line(self, number: int, line: str) -> Record:
         try:
