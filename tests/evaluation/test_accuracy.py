@@ -6,9 +6,7 @@ from importlib.resources import files
 
 import pytest
 import torch
-from lm_eval.tasks import TaskManager
 
-from moeprune.errors import InputError
 from moeprune.evaluation.tasks import shipped_tasks, task_accuracies
 
 ITEMS = 5
@@ -53,12 +51,3 @@ def test_shipped_tasks_run_offline_and_agree_with_counting_by_hand(tiny_model, b
 @one_model
 def test_no_tasks_give_no_results(tiny_model, byte_tokenizer):
     assert task_accuracies(tiny_model, byte_tokenizer, [], items=None, batch_size=2) == {}
-
-
-@one_model
-def test_an_unknown_task_is_an_input_error_with_the_nearest_names(tiny_model, byte_tokenizer, monkeypatch):
-    """Without the thousands of tasks that come with lm-eval, which take half a minute to read."""
-    none_but_ours = TaskManager(include_defaults=False)
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_defaults: none_but_ours)
-    with pytest.raises(InputError, match=r"(?s)Task 'word_ordr' does not exist.*Did you mean: word_order"):
-        task_accuracies(tiny_model, byte_tokenizer, ["word_ordr"], items=ITEMS, batch_size=2)

@@ -7,9 +7,10 @@ import torch
 
 from moeprune.calibration.text import TextFiles
 from moeprune.calibration.windows import TokenWindows, windows_of_text
-from moeprune.errors import NumericalError
+from moeprune.errors import InputError, NumericalError
 from moeprune.evaluation.evaluate import Evaluation
 from moeprune.evaluation.perplexity import perplexity
+from moeprune.evaluation.text_windows import whole_text
 
 
 @torch.no_grad()
@@ -69,3 +70,49 @@ def test_evaluation_reports_each_text_and_their_geometric_mean(tiny_model, byte_
     assert result["perplexity_tokens"] == {"letters": 3 * 11, "digits": 3 * 11}
     assert result["mean_perplexity"] == pytest.approx(math.sqrt(math.prod(result["perplexity"].values())))
     assert result["tasks"] == {}
+
+
+def test_the_whole_text_is_measured_as_the_field_does(tiny_model, byte_tokenizer, tmp_path):
+    """One stream of tokens cut into windows; of each all but the first token count, and the rest is left out."""
+    text = "\n\n".join(f"{number} squared is {number * number}." for number in range(12))
+    (tmp_path / "squares").write_text(text)
+    source = TextFiles({"squares": str(tmp_path / "squares")})
+    result = Evaluation(source, windows=None, sequence_length=32)(tiny_model, byte_tokenizer)
+    ids = byte_tokenizer(text)["input_ids"]
+    count = len(ids) // 32
+    loss = 0.0
+    for start in range(0, count * 32, 32):
+        window = torch.tensor([ids[start : start + 32]])
+        with torch.no_grad():
+            loss += float(tiny_model(window, labels=window).loss) * 31
+    assert result["perplexity"]["squares"] == pytest.approx(math.exp(loss / (31 * count)), rel=1e-5)
+    assert result["perplexity_tokens"] == {"squares": 31 * count}
+
+
+@pytest.mark.parametrize(("length", "message"), [(1, "leaves nothing to predict"), (1000, "does not fill one window")])
+def test_a_text_too_short_for_one_window_is_an_input_error(byte_tokenizer, length, message):
+    with pytest.raises(InputError, match=message):
+        whole_text(byte_tokenizer, "a short text", name="short", length=length)
+
+
+@pytest.mark.parametrize("batch_size", [0, -4, "many", 2.5, True])
+def test_a_batch_size_that_is_no_number_is_an_input_error(batch_size):
+    with pytest.raises(InputError, match=f"batch_size={batch_size} is not possible"):
+        Evaluation(TextFiles({}), windows=3, sequence_length=12, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("model_name", ["qwen3_renormalised"])
+def test_perplexity_goes_on_with_half_the_batch_where_memory_is_full(tiny_model, random_windows, monkeypatch):
+    expected = perplexity(tiny_model, random_windows, 1, "text")
+    layer = type(tiny_model.model.layers[0])
+    forward, tried = layer.forward, []
+
+    def runs_out(self, hidden_states, *arguments, **settings):
+        tried.append(len(hidden_states))
+        if len(hidden_states) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, hidden_states, *arguments, **settings)
+
+    monkeypatch.setattr(layer, "forward", runs_out)
+    assert perplexity(tiny_model, random_windows, "auto", "text") == pytest.approx(expected, rel=1e-6)
+    assert tried[:3] == [5, 4, 2]  # batches of 8, of 4, and of 2

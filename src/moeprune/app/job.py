@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REPORTED_CHOICES = (
-    "model", "method", "scorer", "allocator", "surgery", "quantizer", "recovery", "training_data", "calibration",
-    "evaluation",
+    "experiment", "model", "method", "scorer", "allocator", "surgery", "quantizer", "recovery", "training_data",
+    "calibration", "evaluation",
 )  # fmt: skip
 
 
@@ -92,7 +92,12 @@ def _run(
 
     for name, file in result.files.items():
         shutil.copyfile(file, run_dir / name)
-    settings = {"ratio": experiment.ratio, "seed": config.seed, "order": list(experiment.order)}
+    settings = {
+        "ratio": experiment.ratio,
+        "seed": config.seed,
+        "order": list(experiment.order),
+        "experts_per_token": config.model.experts_per_token,
+    }
     metrics = {**choices, **settings, **result.as_metrics()}
     write_atomically(run_dir / "metrics.json", json.dumps(metrics, indent=1))
     if config.save_model is not None:

@@ -5,15 +5,17 @@ Imports lm-eval, which takes seconds.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from moeprune.errors import InputError
+from moeprune.evaluation.fitting import with_fitting_batches
+from moeprune.evaluation.language_model import FittingLM
 from moeprune.evaluation.logits import last_layer_outputs, logits_at
 from moeprune.models.layers.streaming import StreamedModel
 
@@ -33,19 +35,19 @@ class _Answer:
         return range(len(self.tokens) - 1 - self.continuation, len(self.tokens) - 1)
 
 
-class StreamedLM(HFLM):
+class StreamedLM(FittingLM):
     """lm-eval's own adapter of transformers models, tokenisation included, but for how requests are computed."""
 
     def __init__(
-        self, streamed: StreamedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, limit: int
+        self, streamed: StreamedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | str, limit: int
     ) -> None:
         model: Any = streamed.model
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=limit)
+        super().__init__(model, tokenizer, batch_size, limit)
         self._streamed = streamed
 
     def _loglikelihood_tokens(
         self,
-        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
@@ -60,8 +62,15 @@ class StreamedLM(HFLM):
             _Answer((context + continuation)[-(self.max_length + 1) :], len(continuation))
             for _, context, continuation in requests
         ]
+        judge = partial(self._judge_all, answers)
+        with_fitting_batches(self.batch_size, self._streamed.devices[0], "requests", judge)
+        return [(answer.log_probability, answer.is_greedy) for answer in answers]
+
+    def _judge_all(self, answers: Sequence[_Answer], size: int) -> bool:
+        """Say of each answer what the model thinks of it, ``size`` of them at once."""
+        for answer in answers:
+            answer.log_probability, answer.is_greedy = 0.0, True
         by_length = sorted(answers, key=lambda answer: -len(answer.tokens))
-        size = int(self.batch_size)
         groups = [by_length[start : start + size] for start in range(0, len(by_length), size)]
         batches = [_padded(group) for group in groups]
         outputs = last_layer_outputs(self._streamed, batches, "requests")
@@ -71,7 +80,7 @@ class StreamedLM(HFLM):
                 log_p_BPV = F.log_softmax(logits_BPV, dim=-1, dtype=self.softmax_dtype)
                 for answer, log_p_PV in zip(group, log_p_BPV, strict=True):
                     _judge(answer, some, log_p_PV)
-        return [(answer.log_probability, answer.is_greedy) for answer in answers]
+        return True
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> NoReturn:
         _refuse("scores whole texts")

@@ -1,21 +1,26 @@
 """lm-eval tasks on a model; those that ship with the package need no network."""
 
-import os
-from collections.abc import Sequence
-from functools import partial
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import PreTrainedTokenizerBase
 
 from moeprune.errors import InputError
+from moeprune.evaluation.generated_code import code_may_run, require_permission
+from moeprune.evaluation.task_checks import check_harness_task, check_metric, load_harness_task, runs_code
+from moeprune.evaluation.task_choice import ACCURACY_METRICS, TaskChoice
+from moeprune.evaluation.task_files import find_task
 from moeprune.models.layers.streaming import Model, StreamedModel
 
 # Only metrics that are no plain mean are bootstrapped.
 BOOTSTRAP_SAMPLES = 1000
-ACCURACY_METRICS = ("acc,none", "exact_match,none", "exact_match,strict-match")
+SEED = 1234  # lm-eval's own, of the examples that are shown and of sampled text
 
 
 def shipped_tasks() -> list[str]:
@@ -23,84 +28,134 @@ def shipped_tasks() -> list[str]:
     return sorted(entry.stem for entry in _tasks_folder().glob("*.yaml"))
 
 
-def require_known_tasks(tasks: Sequence[str]) -> None:
-    """Raise InputError for a task that lm-eval does not know.
+def check_tasks(choices: Iterable[TaskChoice], run_generated_code: bool) -> None:
+    """Raise InputError for a task that cannot be run; see `check_harness_task`.
 
-    Takes seconds where a task does not ship with the package.
+    Takes seconds where a task does not ship with the package, and longer where its data must be fetched.
     """
-    if not set(shipped_tasks()).issuperset(tasks):
-        _task_manager(tasks)
+    shipped = shipped_tasks()
+    for choice in choices:
+        if choice.name in shipped:
+            check_metric(choice, [each["metric"] for each in _shipped_config(choice.name)["metric_list"]])
+        else:
+            check_harness_task(find_task(choice.name, shipped), choice, run_generated_code)
 
 
-def task_accuracies(
-    model: Model, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], items: int | None, batch_size: int
-) -> dict[str, dict[str, float]]:
-    """``{task: {"accuracy", "stderr", "n"}}`` with lm-eval's own standard error of the mean.
+def task_settings(choice: TaskChoice, items: int | None) -> dict[str, object]:
+    """What a task's result depends on, but for the model; every metric is computed, whichever is chosen."""
+    settings = {"task": choice.name, "fewshot": choice.fewshot, "items": items}
+    return {**settings, "lm_eval": version("lm_eval")}
 
-    Raises InputError for a task that lm-eval does not know, or that generates text when the model is streamed.
+
+def task_result(
+    load: Callable[[], Model],
+    tokenizer: PreTrainedTokenizerBase,
+    choice: TaskChoice,
+    items: int | None,
+    batch_size: int | str,
+    run_generated_code: bool = False,
+) -> dict[str, Any]:
+    """``{"metrics": {metric: {"value", "stderr"}}, "n", "fewshot"}`` of one task on the model that ``load`` gives.
+
+    The data are loaded before the model. The first ``items`` of each task are used, all when None; values and standard
+    errors are lm-eval's. Raises InputError for a task that does not exist or runs code without permission, for data
+    that cannot be had, and for a task that generates text when the model is streamed.
     """
-    if not tasks:
-        return {}
     # lm-eval takes seconds to import, and only evaluation needs it.
     from lm_eval import evaluate
 
-    shipped = set(shipped_tasks())
-    manager = _task_manager(tasks)
-    language_model = _language_model(model, tokenizer, batch_size)
-    if os.environ.get("TQDM_DISABLE"):  # lm-eval's own bars do not heed it
-        language_model.loglikelihood = partial(language_model.loglikelihood, disable_tqdm=True)
-    accuracies = {}
+    loaded, unsafe = _loaded(choice, run_generated_code)
+    language_model = _language_model(load(), tokenizer, batch_size)
     # One call per task: in a common call, lm-eval's cache of logits mistakes requests of two tasks for each other when
     # they are the same tokens split at different places.
-    for task in tasks:
-        spec = _shipped_config(task) if task in shipped else task
+    with code_may_run(unsafe), torch.random.fork_rng():
+        torch.manual_seed(SEED)
         answers = evaluate(
-            language_model, _loaded(manager, spec), limit=items, bootstrap_iters=BOOTSTRAP_SAMPLES, log_samples=False
+            language_model,
+            loaded,
+            limit=items,
+            bootstrap_iters=BOOTSTRAP_SAMPLES,
+            log_samples=False,
+            confirm_run_unsafe_code=unsafe,
         )
-        samples = sum(part["effective"] for part in answers["n-samples"].values())  # a group has several parts
-        accuracies[task] = _accuracy(task, answers["results"][task], samples)
-    return accuracies
+    fewshot = {task.get_config("num_fewshot") for task in loaded["tasks"].values()}
+    return {
+        "metrics": dict(_metrics(answers["results"][choice.name])),
+        "n": sum(part["effective"] for part in answers["n-samples"].values()),  # a group has several parts
+        "fewshot": fewshot.pop() if len(fewshot) == 1 else None,
+    }
 
 
-def _language_model(model: Model, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
-    from lm_eval.models.huggingface import HFLM
+def task_score(choice: TaskChoice, result: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"accuracy", "stderr", "n", "metric", "fewshot"}``; raises InputError where the result has not the metric."""
+    metrics = result["metrics"]
+    if choice.metric is None:
+        chosen = [name for name in ACCURACY_METRICS if name in metrics][:1]
+    else:
+        chosen = [name for name in metrics if choice.metric in (name, name.partition(",")[0])]
+    if len(chosen) != 1:
+        asked = "an accuracy" if choice.metric is None else f"one metric {choice.metric}"
+        raise InputError(
+            f"Task {choice.name!r} gives not just {asked}.",
+            possible=metrics,
+            change=f"Choose one: {{name: {choice.name}, metric: {next(iter(metrics))}}}.",
+        )
+    found = metrics[chosen[0]]
+    scored = {"accuracy": found["value"], "stderr": found["stderr"], "n": result["n"], "metric": chosen[0]}
+    return {**scored, "fewshot": result["fewshot"]}
 
+
+def task_accuracies(
+    model: Model, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], items: int | None, batch_size: int | str
+) -> dict[str, dict[str, Any]]:
+    """`task_score` of each task by its name. Raises as `task_result` does."""
+    choices = [TaskChoice(task) for task in tasks]
+    return {
+        choice.name: task_score(choice, task_result(lambda: model, tokenizer, choice, items, batch_size))
+        for choice in choices
+    }
+
+
+def _loaded(choice: TaskChoice, run_generated_code: bool) -> tuple[Any, bool]:
+    """The task with its data, as lm-eval's ``evaluate`` takes it, and whether it runs code."""
+    shipped = shipped_tasks()
+    if choice.name in shipped:
+        from lm_eval.tasks import TaskManager
+
+        loaded, unsafe = TaskManager(include_defaults=False).load([_shipped_config(choice.name)]), False
+    else:
+        task = find_task(choice.name, shipped)
+        unsafe = runs_code(task)
+        if unsafe:
+            require_permission(choice.name, run_generated_code)
+        with code_may_run(unsafe):
+            loaded = load_harness_task(task)
+    for each in loaded["tasks"].values():
+        if choice.fewshot is not None:
+            each.set_config(key="num_fewshot", value=choice.fewshot)
+        elif each.get_config("num_fewshot") is None:
+            each.set_config(key="num_fewshot", value=0)
+        each.set_fewshot_seed(seed=SEED)
+    return loaded, unsafe
+
+
+def _language_model(model: Model, tokenizer: PreTrainedTokenizerBase, batch_size: int | str) -> Any:
+    from moeprune.evaluation.language_model import FittingLM
     from moeprune.evaluation.streamed_tasks import StreamedLM
 
     limit = model.config.max_position_embeddings
-    if isinstance(model, StreamedModel):
-        return StreamedLM(model, tokenizer, batch_size, limit)
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=limit)
+    kind: Any = StreamedLM if isinstance(model, StreamedModel) else FittingLM
+    return kind(model, tokenizer, batch_size, limit)
 
 
-def _task_manager(tasks: Sequence[str]) -> Any:
-    from lm_eval.tasks import TaskManager
-
-    shipped = shipped_tasks()
-    manager = TaskManager(include_defaults=not set(shipped).issuperset(tasks))
-    unknown = [task for task in tasks if task not in shipped and task not in manager.all_tasks]
-    if unknown:
-        raise InputError(f"Task {unknown[0]!r} does not exist.", possible=shipped, given=unknown[0])
-    return manager
-
-
-def _loaded(manager: Any, spec: str | dict[str, Any]) -> Any:
-    loaded = manager.load([spec])
-    for task in loaded["tasks"].values():
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-    return loaded
-
-
-def _accuracy(task: str, result: dict[str, Any], items: int) -> dict[str, float]:
-    metric = next((name for name in ACCURACY_METRICS if name in result), None)
-    if metric is None:
-        raise InputError(
-            f"Task {task!r} gives {', '.join(name for name in result if ',' in name)}, no accuracy.",
-            change=f"Use a task with one of {', '.join(ACCURACY_METRICS)}.",
-        )
-    stderr = result[metric.replace(",", "_stderr,", 1)]
-    return {"accuracy": float(result[metric]), "stderr": float(stderr), "n": items}
+def _metrics(result: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, float]]]:
+    """Each value that lm-eval gives, with its standard error, NaN where it gives none."""
+    for name, value in result.items():
+        metric, comma, kind = name.partition(",")
+        if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+            stderr = result.get(f"{metric}_stderr,{kind}")
+            known = isinstance(stderr, (int, float))
+            yield name, {"value": float(value), "stderr": float(stderr) if known else math.nan}  # type: ignore[arg-type]
 
 
 def _shipped_config(task: str) -> dict[str, Any]:

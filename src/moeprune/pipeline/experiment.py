@@ -12,13 +12,14 @@ from moeprune.calibration.passes import CalibrationPass
 from moeprune.calibration.sample import Calibration
 from moeprune.calibration.statistics import Statistics
 from moeprune.calibration.windows import TokenWindows
-from moeprune.evaluation.evaluate import Evaluation
+from moeprune.errors import InputError
+from moeprune.evaluation.evaluate import Evaluation, Part
 from moeprune.models.layers.streaming import Model
 from moeprune.models.layers.workspace import Workspace
-from moeprune.models.shape import ExpertShape, read_shape
+from moeprune.models.shape import ExpertShape
 from moeprune.models.source import ModelSource
 from moeprune.pipeline.compatibility import check_compatible, check_passes, check_router_rows, check_whole_model
-from moeprune.pipeline.order import PRUNE, QUANTIZE, RECOVER, check_after_pruning, check_order
+from moeprune.pipeline.order import PRUNE, QUANTIZE, RECOVER, check_after_pruning, check_order, check_places
 from moeprune.surgery.cut import Cut
 from moeprune.surgery.prune import FinishedLayer
 from moeprune.types import Plan, Scores
@@ -63,33 +64,49 @@ class Experiment:
         chosen = {RECOVER: self.recovery, QUANTIZE: self.quantizer}
         return [(stage, chosen[stage]) for stage in self.order if chosen.get(stage) is not None]
 
-    def check(self) -> None:
-        """Raise InputError, BudgetError or ModelError for what is bound to fail, before anything is computed."""
+    def check(self) -> list[Part]:
+        """The parts of the evaluation. Raises InputError, BudgetError or ModelError for what is bound to fail, before
+        anything is computed."""
         _ = self.model.placement
-        check_order(self.order)
+        self.check_on(self._shape())
         check_after_pruning(self.after_pruning, self.model.folder())
-        check_compatible(self.scorer, self.allocator, self.surgery)
-        shape = self._shape()
-        check_passes(self.passes, shape, self.model.computation_dtype)
         if any(getattr(wanted, "needs_whole_model", False) for wanted in self.passes):
             check_whole_model(self.scorer, self.model.streams())
-        check_router_rows(self.allocator, self.surgery, shape, self.budget())
-        self.evaluation.check(self.model.tokenizer())
+        if self.evaluation.speed is not None and self.model.streams():
+            raise InputError(
+                "evaluation.speed times models in memory, and the layers of this one stay on disk.",
+                change="Set evaluation.speed=null, or, where the model does fit, model.streaming=never.",
+            )
+        tokenizer = self.model.tokenizer()
+        parts = self.evaluation.check(tokenizer)
         check_recovery = getattr(self.recovery, "check", None)
         if check_recovery is not None:
-            check_recovery(self.model.tokenizer())
+            check_recovery(tokenizer)
+        return parts
+
+    def check_on(self, shape: ExpertShape) -> None:
+        """Raise InputError or BudgetError for what is bound to fail on experts of this shape; needs no checkpoint."""
+        check_order(self.order)
+        check_places(self.after_pruning)
+        check_compatible(self.scorer, self.allocator, self.surgery)
+        check_passes(self.passes, shape, self.model.computation_dtype)
+        check_router_rows(self.allocator, self.surgery, shape, self.budget_on(shape))
 
     def budget(self) -> Budget:
         """What ``ratio`` leaves on this model; needs its headers only.
 
         Raises InputError or BudgetError for a request that the model or the allocator cannot meet.
         """
+        return self.budget_on(self._shape())
+
+    def budget_on(self, shape: ExpertShape) -> Budget:
+        """What ``ratio`` leaves of experts of this shape. Raises as `budget` does."""
         limits = {"alignment": self.model.alignment, "minimum_width": self.model.minimum_width}
-        budget = Budget.for_model(self._shape(), ratio=self.ratio, **limits)
+        budget = Budget.for_model(shape, ratio=self.ratio, **limits)
         check = getattr(self.allocator, "check", None)
         if check is not None:
             check(budget)
         return budget
 
     def _shape(self) -> ExpertShape:
-        return read_shape(self.model.folder())
+        return self.model.shape()

@@ -23,6 +23,17 @@ def check_after_pruning(chosen: Sequence[tuple[str, Any]], dense: Path) -> None:
 
     ``chosen`` are (stage, plug-in) in order. Needs the model's config.json only.
     """
+    check_places(chosen)
+    parts = getattr(dict(chosen).get(QUANTIZE), "parts", None)
+    if parts is not None and read_config(dense).tie_word_embeddings and parts.embeddings != parts.head:
+        raise InputError(
+            "Embeddings and output head of this model are one matrix; quantizer.parts asks to quantise one of them.",
+            change="Set quantizer.parts.embeddings and quantizer.parts.head both to true, or both to false.",
+        )
+
+
+def check_places(chosen: Sequence[tuple[str, Any]]) -> None:
+    """Raise InputError where a recovery or quantizer cannot work at its place in the order, whatever the model."""
     stages = [stage for stage, _ in chosen]
     of_stage = dict(chosen)
     if stages == [RECOVER, QUANTIZE] and not getattr(of_stage[RECOVER], "merges", True):
@@ -34,9 +45,3 @@ def check_after_pruning(chosen: Sequence[tuple[str, Any]], dense: Path) -> None:
         check = getattr(of_stage[RECOVER], "check_quantized_base", None)
         if check is not None:
             check()
-    parts = getattr(of_stage.get(QUANTIZE), "parts", None)
-    if parts is not None and read_config(dense).tie_word_embeddings and parts.embeddings != parts.head:
-        raise InputError(
-            "Embeddings and output head of this model are one matrix; quantizer.parts asks to quantise one of them.",
-            change="Set quantizer.parts.embeddings and quantizer.parts.head both to true, or both to false.",
-        )

@@ -9,6 +9,7 @@ from typing import Any
 from moeprune.calibration.report import log_warnings
 from moeprune.pipeline import stages
 from moeprune.pipeline.cache import Artifact, StageCache
+from moeprune.pipeline.evaluating import METRICS, evaluate, measure_speeds
 from moeprune.pipeline.experiment import Experiment
 from moeprune.pipeline.order import RECOVER
 from moeprune.pipeline.until import STAGE_OF
@@ -82,7 +83,7 @@ def run_until(experiment: Experiment, cache: StageCache, until: str) -> list[Art
 
 def _road(experiment: Experiment, cache: StageCache) -> Generator[Artifact, None, Result]:
     """Stage after stage, each yielded when it has its result."""
-    experiment.check()
+    parts = experiment.check()
     yield (calibration := stages.sample_calibration(cache, experiment))
     yield (statistics := stages.gather_statistics(cache, experiment, calibration))
     report = stages.report_calibration(cache, experiment, calibration, statistics)
@@ -106,10 +107,11 @@ def _road(experiment: Experiment, cache: StageCache) -> Generator[Artifact, None
         models[name] = latest
         walked.append(latest)
 
+    speeds = measure_speeds(experiment, models)
     metrics = {}
     for name, model in models.items():
-        evaluation = stages.evaluate(cache, experiment, name.replace("+", "-"), model)
-        metrics[name] = json.loads((evaluation.folder / "metrics.json").read_text())
+        evaluation = evaluate(cache, experiment, parts, name, model)
+        metrics[name] = json.loads((evaluation.folder / METRICS).read_text()) | speeds.get(name, {})
         cache.progress.evaluated(name, metrics[name])
         walked.append(evaluation)
     kept = [(plan, "plan.safetensors"), (diagnostics, "diagnostics.json"), (report, "calibration.json")]

@@ -16,8 +16,6 @@ from moeprune.calibration.statistics import Statistics, StoredStatistics, collec
 from moeprune.calibration.windows import TokenWindows
 from moeprune.models.compressed.reader import load_compressed
 from moeprune.models.compressed.writer import CheckpointWriter, save_compressed
-from moeprune.models.footprint.measured import count_bytes, count_parameters
-from moeprune.models.footprint.precision import precision_table
 from moeprune.models.layers.streaming import Model, StreamedModel, skeleton
 from moeprune.models.layers.workspace import Workspace
 from moeprune.models.source import ModelSource
@@ -178,23 +176,6 @@ def quantize(
 
     settings = {"quantized": quantizer, "dtype": experiment.model.dtype}
     return cache.get("quantized", 3, settings, inputs, compute, resumable=True)
-
-
-def evaluate(cache: StageCache, experiment: Experiment, name: str, model: Artifact | None) -> Artifact:
-    """Model -> metrics; without a model, of the dense one."""
-    inputs = [model.key] if model else []
-    settings = {"evaluation": experiment.evaluation, "model": None if model else experiment.model}
-
-    def compute(folder: Path) -> None:
-        loaded = experiment.model.load_compressed(model.folder) if model else experiment.model.load()
-        checkpoint = model.folder if model else experiment.model.folder()
-        metrics = experiment.evaluation(loaded, experiment.model.tokenizer())
-        metrics["parameters"] = vars(count_parameters(skeleton(loaded)))
-        metrics["bytes"] = vars(count_bytes(checkpoint, loaded))
-        metrics["precision"] = [vars(row) for row in precision_table(checkpoint, skeleton(loaded))]
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
-
-    return cache.get(f"evaluation/{name}", 3, settings, inputs, compute)
 
 
 def _in_memory(source: ModelSource, folder: Path) -> PreTrainedModel:
