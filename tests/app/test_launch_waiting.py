@@ -124,9 +124,9 @@ def test_jobs_that_start_later_are_waited_for_too(tmp_path, clock):
     jobs = [sent(tmp_path, number) for number in range(3)]
     unsent = list(jobs)
 
-    def start_more() -> list[Sent]:
+    def start_more() -> list[Sent] | None:
         if not unsent:
-            return []
+            return None
         finish(unsent[0], "success", None)
         return [unsent.pop(0)]
 
@@ -144,3 +144,13 @@ def test_it_is_told_how_many_are_where(tmp_path, clock, caplog):
 
     Watch(jobs, ask, 1.0).wait()
     assert caplog.messages.count("1 done, 0 failed, 1 running, 1 queued") == 2
+
+
+def test_a_slot_that_is_not_free_yet_ends_nothing(tmp_path, clock):
+    """A job writes its result before its process ends."""
+    first, second = sent(tmp_path, 0), sent(tmp_path, 1)
+    finish(first, "success", 0.5)
+    finish(second, "success", 0.25)
+    answers = iter([[first], [], [], [second], None])
+    returned = Watch([], lambda _open: {}, 1.0).wait(lambda: next(answers))
+    assert outcomes(returned) == [(JobStatus.COMPLETED, "0.5"), (JobStatus.COMPLETED, "0.25")]

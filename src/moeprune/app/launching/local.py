@@ -114,8 +114,8 @@ class Pool:
         self._executors: list[_Executor] = []
         self._by_id: dict[str, _Executor] = {}
 
-    def start_more(self) -> list[Sent]:
-        """Start a job in every slot that is free."""
+    def start_more(self) -> list[Sent] | None:
+        """Start a job in every slot that is free; None once there is none left to start."""
         started = []
         for slot, environment in enumerate(self._environments):
             if self._waiting and (slot not in self._last or self._last[slot].has_ended):
@@ -127,7 +127,7 @@ class Pool:
                 self._last[slot] = self._by_id[at.job_id] = executor
                 log.info("\t%s: started", job.job)
                 started.append(Sent(job.job, at.job_id, at.paths.result_pickle, link_log(job.job, at.paths.stdout)))
-        return started
+        return started if started or self._waiting else None
 
     def phases(self, jobs: Sequence[Sent]) -> dict[str, Phase]:
         """A job without a result whose process has ended was killed."""

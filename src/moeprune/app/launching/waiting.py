@@ -45,8 +45,12 @@ class Phase:
 
 # What a cluster says of the jobs asked for, by id; None while it does not answer.
 Ask = Callable[[Sequence[Sent]], Mapping[str, Phase] | None]
-# Starts the jobs whose turn has come.
-StartMore = Callable[[], Sequence[Sent]]
+# Starts the jobs whose turn has come; None once all have been started.
+StartMore = Callable[[], Sequence[Sent] | None]
+
+
+def _all_started() -> None:
+    return None
 
 
 class Watch:
@@ -61,11 +65,16 @@ class Watch:
         self._asked = self._reported = float("-inf")
         self._answers = True
 
-    def wait(self, start_more: StartMore = tuple) -> list[JobReturn]:
-        """All jobs' results, in the order of their numbers. An exception, such as Ctrl-C, leaves the jobs alone."""
+    def wait(self, start_more: StartMore = _all_started) -> list[JobReturn]:
+        """All jobs' results, in the order of their numbers. An exception, such as Ctrl-C, leaves the jobs alone.
+
+        ``start_more`` starts what it can now, and gives None once all have been started: a job whose result is there
+        may not have made room yet for the next.
+        """
         while True:
-            self.open |= {job.id: job for job in start_more()}
-            if not self.open:
+            started = start_more()
+            self.open |= {job.id: job for job in started or ()}
+            if not self.open and started is None:
                 return [self.returned[number] for number in sorted(self.returned)]
             self._take_results()
             self._take_dead()
