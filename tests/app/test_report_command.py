@@ -14,8 +14,10 @@ def test_jobs_of_a_sweep_draw_nothing_and_the_command_draws_it_all(here, tiny):
     sweep = outcome.manifests[0].parents[1]
     assert not list(sweep.glob("[01]/*.png"))
     assert run_report([str(sweep)]) == 0
-    assert (sweep / "sweep.md").exists()
+    assert all((sweep / f"report.{kind}").exists() for kind in ("md", "tex", "csv", "html"))
     assert all((sweep / job / "kept_channels.png").exists() for job in "01")
+    text = (sweep / "report.md").read_text()
+    assert "2 runs, 2 of them with results." in text and "0/kept_channels.svg" in text
 
 
 def test_of_a_run_it_prints_the_tables_of_the_run(here, tiny, capfd):
@@ -26,11 +28,18 @@ def test_of_a_run_it_prints_the_tables_of_the_run(here, tiny, capfd):
     assert run_report([str(run)]) == 0
     assert "ratio 0.5: quality" in capfd.readouterr().out
     assert (run / "table.md").exists() and (run / "score_concentration.png").exists()
+    assert (run / "report.html").exists()
 
 
 def test_a_folder_of_neither_is_told(tmp_path):
-    with pytest.raises(InputError, match="holds no runs"):
+    with pytest.raises(InputError, match="there is no run in it or below"):
         run_report([str(tmp_path)])
     shutil.rmtree(tmp_path)
-    with pytest.raises(InputError, match="holds no runs"):
+    with pytest.raises(InputError, match="there is no run in it or below"):
         run_report([str(tmp_path)])
+
+
+def test_several_folders_need_a_place_for_their_report(tmp_path):
+    with pytest.raises(InputError, match="needs a place of its own") as raised:
+        run_report([str(tmp_path / "one"), str(tmp_path / "two")])
+    assert "--into FOLDER" in str(raised.value)

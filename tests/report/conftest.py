@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,18 @@ import pytest
 from moeprune.report.results import Metrics, load_metrics
 
 WriteRun = Callable[..., Path]
-DENSE_BYTES = {"tiny_qwen3_moe": 8_600_000, "tiny_deepseek_v2": 9_800_000}
+DENSE_BYTES = {
+    "tiny_qwen3_moe": 8_600_000, "tiny_deepseek_v2": 9_800_000, "qwen1_5_moe_a2_7b": 28_631_568_384,
+}  # fmt: skip
+TASKS = ("word_order", "arithmetic")
 # Bits of a weight, and how many times higher the perplexity is.
 QUANTIZERS = {"rtn8": (8, 1.005), "nf4": (4, 1.04), "gptq3": (3, 1.25), "hqq2": (2, 20.0)}
 
 
 def made_up_variant(
-    name: str, perplexity: float, kept: float, bits: int, accuracy: float, model: str
+    name: str, perplexity: float, kept: float, bits: int, accuracy: float, model: str, tasks: Sequence[str]
 ) -> dict[str, Any]:
+    """The first task is answered best, each later one half as well as the one before."""
     total = DENSE_BYTES[model] / 2
     size = kept * bits / 16
     return {
@@ -28,8 +32,8 @@ def made_up_variant(
         "perplexity_tokens": {"prose": 8128, "code": 4064},
         "mean_perplexity": perplexity / 2,
         "tasks": {
-            "word_order": {"accuracy": accuracy, "stderr": 0.02, "n": 200},
-            "arithmetic": {"accuracy": accuracy / 2, "stderr": 0.01, "n": 400},
+            task: {"accuracy": accuracy / 2**number, "stderr": 0.02 / 2**number, "n": 200 * 2**number}
+            for number, task in enumerate(tasks)
         },
         "parameters": {
             "total": int(total * kept),
@@ -63,7 +67,9 @@ def made_up_precision(parameters: int, bits: int, name: str) -> list[dict[str, A
     ]
 
 
-def made_up_metrics(harm: float = 1.0, removes: bool = True, **settings: Any) -> dict[str, Any]:
+def made_up_metrics(
+    harm: float = 1.0, removes: bool = True, tasks: Sequence[str] = TASKS, **settings: Any
+) -> dict[str, Any]:
     """Metrics as a run writes them; ``harm`` says how much pruning raised the perplexity, ``removes`` whether it
     removed channels rather than single weights."""
     metrics: dict[str, Any] = {
@@ -84,15 +90,15 @@ def made_up_metrics(harm: float = 1.0, removes: bool = True, **settings: Any) ->
     model, ratio = metrics["model"], metrics["ratio"]
     pruned, kept = 50 * (1 + harm * ratio**2), 1 - 0.8 * ratio
     metrics["variants"] = [
-        made_up_variant("dense", 50, 1, 16, 0.9, model),
-        made_up_variant("pruned", pruned, kept, 16, 0.9 - 0.1 * harm * ratio, model),
+        made_up_variant("dense", 50, 1, 16, 0.9, model, tasks),
+        made_up_variant("pruned", pruned, kept, 16, 0.9 - 0.1 * harm * ratio, model, tasks),
     ]
     if metrics["recovery"] != "none":
         metrics["recovery_details"] = made_up_recovery(metrics["variants"][-1]["parameters"]["total"])
     if metrics["quantizer"] != "none":
         name, (bits, higher) = f"pruned+{metrics['quantizer']}", QUANTIZERS[metrics["quantizer"]]
         accuracy = 0.88 - 0.1 * harm * ratio
-        metrics["variants"].append(made_up_variant(name, higher * pruned, kept, bits, accuracy, model))
+        metrics["variants"].append(made_up_variant(name, higher * pruned, kept, bits, accuracy, model, tasks))
     metrics["stages"] = made_up_stages(metrics)
     metrics["plan"] = {
         "removed_channels": int(6144 * ratio) if removes else 0,

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from moeprune.report.model_card import Origin, model_card
-from moeprune.report.results import Metrics, PartPrecision, load_run
+from moeprune.report.results import Metrics, load_run
+from moeprune.report.variants import PartPrecision
 
 SETTINGS = {
     "model": {"path": "/data/models/dense"},

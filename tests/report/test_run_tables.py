@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from moeprune.report.results import RecoveryDetails, load_metrics, load_run
+from moeprune.report.results import load_metrics, load_run
 from moeprune.report.run_tables import precision_table, recovery_facts, recovery_table, run_table, stage_table
 from moeprune.report.tables import markdown
+from moeprune.report.variants import RecoveryDetails
 
 GOLDEN = Path(__file__).parent / "golden"
 

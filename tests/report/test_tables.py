@@ -77,3 +77,34 @@ def test_the_terminal_shows_every_character_at_any_width():
         letters = "".join(shown.split())
         for text in ("failed:", "[bold]ratio", "12.34"):
             assert text in letters
+
+
+def test_second_best_and_notes_are_marked_on_paper_and_in_the_terminal():
+    cells = [
+        Cell("1.00", best=True),
+        Cell("2.00", second=True),
+        Cell("-", note="failed: <oom>"),
+        Cell("-", note="late"),
+    ]
+    more = [Cell("3.00"), Cell("4.00", note="late"), Cell("5.00"), Cell("6.00")]
+    table = Table("T", [Column("a", cells, ROW_NAME), Column("b", more, "g")], "Caption.")
+    assert markdown(table) == (
+        "### T\n"
+        "\n"
+        "| a           |      b |\n"
+        "| ----------- | -----: |\n"
+        "| **1.00**    |   3.00 |\n"
+        "| <u>2.00</u> | 4.00 ¹ |\n"
+        "| - ²         |   5.00 |\n"
+        "| - ¹         |   6.00 |\n"
+        "\n"
+        "Caption.\n"
+        "\n"
+        "¹ late\n"
+        "\n"
+        "² failed: &lt;oom>\n"
+    )
+    terminal = io.StringIO()
+    print_table(table, Console(width=60, file=terminal))
+    assert "4.00 ¹" in terminal.getvalue()
+    assert "² failed: <oom>" in terminal.getvalue()

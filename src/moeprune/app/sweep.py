@@ -16,7 +16,7 @@ from moeprune.errors import InputError
 from moeprune.pipeline.process import Process
 
 JOBS_FAILED, USER_ERROR = 1, 2
-RERUN, SEARCH = "rerun", "optuna"
+RERUN, SEARCH, DRY_RUN = "rerun", "optuna", "dry_run"
 
 
 class SweepReport(Callback):
@@ -28,6 +28,8 @@ class SweepReport(Callback):
     def on_multirun_start(self, config: DictConfig, **_kwargs: Any) -> None:
         """Raises SystemExit where another sweep uses the directory: Hydra makes a warning of any other exception."""
         sweep_dir, choices = Path(config.hydra.sweep.dir), config.hydra.runtime.choices
+        if choices["hydra/launcher"] == DRY_RUN:  # which leaves nothing behind
+            return
         if choices["hydra/sweeper"] != RERUN:  # which goes on with the record of the sweep that it runs again
             if (sweep_dir / RECORD).exists() and (who := _user_of(sweep_dir, choices["hydra/sweeper"])):
                 print(
@@ -42,6 +44,8 @@ class SweepReport(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_kwargs: Any) -> None:
         """Raises SystemExit where a job did not succeed: launchers return normally after a job that was killed."""
+        if config.hydra.runtime.choices["hydra/launcher"] == DRY_RUN:
+            return
         try:
             failed = read_sweep(Path(config.hydra.sweep.dir), by_driver=True).those(*FAILURES)
         except InputError as error:  # Hydra would make a warning of it, and the sweep a success

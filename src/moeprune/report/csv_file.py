@@ -6,7 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moeprune.report.files import written_whole
-from moeprune.report.results import SETTINGS, Run, Variant
+from moeprune.report.results import SETTINGS, Run
+from moeprune.report.variants import Variant
 
 
 def write_csv(runs: Sequence[Run], path: Path) -> None:

@@ -1,8 +1,11 @@
 """What all figures share: colours, quiet axes, and files that appear whole."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -16,6 +19,9 @@ from moeprune.report.files import written_whole
 # Colours of Okabe and Ito, which colour-blind readers tell apart; without their yellow, too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DENSE_COLOUR, DENSE_LINE_COLOUR, JOIN_COLOUR, TEXT_COLOUR = "#222222", "#999999", "#C8C8C8", "#333333"
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # one more than colours: 42 looks before one comes again
+FRONT_COLOUR = "#D9D9D9"
+FRONT_LOOK: dict[str, Any] = {"linewidth": 7.0, "solid_capstyle": "round", "solid_joinstyle": "round", "zorder": 2}
 DOTS_PER_INCH = 150
 DECADE_STEPS = ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 3), (1,))
 MOST_TICKS = 8
@@ -26,6 +32,35 @@ def empty_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one method, or quantizer, is drawn in all panels of a figure."""
+
+    colour: str
+    marker: str
+
+
+def looks_of(names: Iterable[str]) -> dict[str, Look]:
+    """A look for each different name, in their order."""
+    looks = (Look(colour, marker) for colour, marker in zip(cycle(COLOURS), cycle(MARKERS), strict=False))
+    return dict(zip(dict.fromkeys(names), looks, strict=False))
+
+
+def panels_for(count: int, most_across: int, width: float, height: float, head: float) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` panels of this size in inches, and ``head`` inches above and below them together."""
+    across = min(count, most_across)
+    down = math.ceil(count / across)
+    figure = empty_figure(width * across, head + height * down)
+    panels = list(figure.subplots(down, across, squeeze=False).flat)
+    for panel in panels[count:]:
+        panel.set_axis_off()
+    return figure, panels[:count]
+
+
+def draw_title(figure: Figure, title: str) -> None:
+    figure.suptitle(title, fontsize=13, fontweight="bold")
 
 
 def quiet_axes(panel: Axes) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 
-from moeprune.report.results import TaskScore
+from moeprune.report.variants import TaskScore
 
 MISSING = "-"
 MEGABYTE, GIGABYTE = 10**6, 10**9
@@ -22,8 +22,11 @@ def ratio_text(ratio: float) -> str:
 
 
 def accuracy_text(score: TaskScore | None) -> str:
-    """Percent with its standard error: ``91.0 ± 2.0``."""
-    return MISSING if score is None else f"{100 * score.accuracy:.1f} ± {100 * score.stderr:.1f}"
+    """Percent with its standard error, where the harness gives one: ``91.0 ± 2.0``."""
+    if score is None:
+        return MISSING
+    percent = f"{100 * score.accuracy:.1f}"
+    return percent if math.isnan(score.stderr) else f"{percent} ± {100 * score.stderr:.1f}"
 
 
 def rate_text(rate: float) -> str:

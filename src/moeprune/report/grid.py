@@ -50,8 +50,7 @@ class GridPoint:
     @property
     def bits(self) -> float | None:
         """Nominal bits of a routed expert's weight; None where the run did not write them down."""
-        rows = self.metrics.final.precision
-        return next((row.bits for row in rows if row.part == "routed experts"), None)
+        return self.metrics.final.expert_bits
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,7 @@
-"""Methods or recoveries at one size, told apart: perplexity beside dense, one line per run, best first."""
+"""Methods or recoveries at one size, told apart: perplexity beside dense, a line for each, best first."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,85 +12,51 @@ from moeprune.report.figures import (
     DENSE_LINE_COLOUR,
     JOIN_COLOUR,
     TEXT_COLOUR,
-    empty_figure,
+    draw_title,
+    panels_for,
     quiet_axes,
     set_round_ticks,
-    write_figure,
 )
 from moeprune.report.formats import ratio_text
-from moeprune.report.results import Metrics, Run
-from moeprune.report.settings import run_labels
+from moeprune.report.points import Compressed, bar_length
 
-FEW_RUNS, FEW_RECOVERIES = 6, 2
+FEW_METHODS, FEW_RECOVERIES = 6, 2
 PANELS_PER_ROW = 2
 LINE_HEIGHT, HEAD_HEIGHT = 0.24, 1.1
 
 
-@dataclass(frozen=True)
-class Line:
-    """One run: its name, its mean perplexity as a multiple of the dense model's, whether it is a reference only, and
-    the seconds of its recovery, where it has one."""
-
-    name: str
-    to_dense: float
-    is_reference: bool
-    recovery_seconds: float | None
-
-    @property
-    def text(self) -> str:
-        """What stands beside the dot."""
-        number = ratio_text(self.to_dense) if self.is_drawn else "not finite"
-        return number if self.recovery_seconds is None else f"{number}  ({self.recovery_seconds:,.0f} s)"
-
-    @property
-    def is_drawn(self) -> bool:
-        return math.isfinite(self.to_dense)
+def crowded_sizes(points: Sequence[Compressed]) -> dict[str, list[Compressed]]:
+    """The models, ratios and quantizers with more than six points, or with three and more of which some were
+    recovered; and these points, best first."""
+    sizes: dict[str, list[Compressed]] = {}
+    for point in points:
+        sizes.setdefault(_size(point), []).append(point)
+    return {size: sorted(found, key=_rank) for size, found in sizes.items() if _is_crowded(found)}
 
 
-def crowded_sizes(runs: Sequence[Run]) -> dict[str, list[Line]]:
-    """The models, ratios and quantizers with more than six finished runs, or with three and more of which some were
-    recovered; and these runs, best first."""
-    finished = [run for run in runs if run.results]
-    sizes: dict[str, list[Line]] = {}
-    for run, label in zip(finished, run_labels(finished), strict=True):
-        if run.results:
-            sizes.setdefault(_size(run.results), []).append(_line(label, run.results))
-    return {size: sorted(lines, key=_rank) for size, lines in sizes.items() if _is_crowded(lines)}
+def _is_crowded(points: Sequence[Compressed]) -> bool:
+    recovered = any(point.recovery_seconds is not None for point in points)
+    return len(points) > (FEW_RECOVERIES if recovered else FEW_METHODS)
 
 
-def _is_crowded(lines: Sequence[Line]) -> bool:
-    recovered = any(line.recovery_seconds is not None for line in lines)
-    return len(lines) > (FEW_RECOVERIES if recovered else FEW_RUNS)
-
-
-def plot_methods(runs: Sequence[Run], path: Path) -> None:
-    """Write the figure as a PNG; ``path`` changes only once it is complete. Raises InputError as below."""
-    write_figure(methods_figure(runs), path)
-
-
-def methods_figure(runs: Sequence[Run]) -> Figure:
+def methods_figure(points: Sequence[Compressed]) -> Figure:
     """A panel for each crowded size. Raises InputError when there is none."""
-    sizes = crowded_sizes(runs)
+    sizes = crowded_sizes(points)
     if not sizes:
-        raise InputError(f"There is nothing to plot: no size has more than {FEW_RUNS} finished runs.")
-    across = min(len(sizes), PANELS_PER_ROW)
-    down = math.ceil(len(sizes) / across)
+        raise InputError(f"There is nothing to plot: no size has more than {FEW_METHODS} methods with results.")
     height = HEAD_HEIGHT + LINE_HEIGHT * max(map(len, sizes.values()))
-    figure = empty_figure(7 * across, 0.4 + height * down)
-    panels = list(figure.subplots(down, across, squeeze=False).flat)
-    for panel, (size, lines) in zip(panels, sizes.items(), strict=False):
+    figure, panels = panels_for(len(sizes), PANELS_PER_ROW, 7, height, 0.4)
+    for panel, (size, lines) in zip(panels, sizes.items(), strict=True):
         _draw_panel(panel, size, lines)
-    for panel in panels[len(sizes) :]:
-        panel.set_axis_off()
-    recovered = any(line.recovery_seconds is not None for lines in sizes.values() for line in lines)
-    title = "Recoveries by perplexity (seconds of training)" if recovered else "Methods by perplexity"
-    figure.suptitle(title, fontsize=13, fontweight="bold")
+    recovered = any(point.recovery_seconds is not None for lines in sizes.values() for point in lines)
+    draw_title(figure, "Recoveries by perplexity (seconds of training)" if recovered else "Methods by perplexity")
     return figure
 
 
-def _draw_panel(panel: Axes, size: str, lines: Sequence[Line]) -> None:
-    drawn = [line.to_dense for line in lines if line.is_drawn] or [1.0]
-    low, high = min(1.0, *drawn), max(1.0, *drawn)
+def _draw_panel(panel: Axes, size: str, points: Sequence[Compressed]) -> None:
+    drawn = [point.perplexity for point in points if point.is_drawn]
+    low = min([1.0, *(spread.mean for spread in drawn)])
+    high = max([1.0, *(spread.mean + bar_length(spread) for spread in drawn)])
     room = max(high / low, 1.2) ** 0.08
     panel.set_xscale("log")
     panel.set_xlim(low / room, high * room**3)  # room for the number to the right of the last dot
@@ -100,35 +64,47 @@ def _draw_panel(panel: Axes, size: str, lines: Sequence[Line]) -> None:
     quiet_axes(panel)
     panel.grid(visible=False, axis="y")
     panel.axvline(1, color=DENSE_LINE_COLOUR, linestyle="--", linewidth=0.9)
-    best = next((line for line in lines if line.is_drawn and not line.is_reference), None)
-    for place, line in enumerate(lines):
-        end = line.to_dense if line.is_drawn else 1.0
-        if line.is_drawn:
-            panel.plot([1, end], [place, place], color=JOIN_COLOUR, linewidth=1.2, zorder=2)
-            colour = TEXT_COLOUR if line.is_reference else COLOURS[1 if line is best else 0]
-            fill = "white" if line.is_reference else colour
-            panel.plot(end, place, "o", color=colour, markerfacecolor=fill, markersize=6, zorder=3)
-        panel.annotate(
-            line.text, (max(1, end), place), (7, 0),
-            textcoords="offset points", va="center", fontsize=8.5, color=TEXT_COLOUR,
-        )  # fmt: skip
-    panel.set_yticks(range(len(lines)), [line.name for line in lines], fontsize=9)
-    panel.set_ylim(len(lines) - 0.4, -0.6)
+    best = next((point for point in points if point.is_drawn and not point.is_reference), None)
+    for place, point in enumerate(points):
+        _draw_line(panel, place, point, COLOURS[1 if point is best else 0])
+    panel.set_yticks(range(len(points)), [_name(point) for point in points], fontsize=9)
+    panel.set_ylim(len(points) - 0.4, -0.6)
     panel.set_title(size, fontsize=11)
-    panel.set_xlabel("mean perplexity / dense (logarithmic; dashed: dense)")
+    marks = "; squares: whole experts" if any(point.whole_experts for point in points) else ""
+    panel.set_xlabel(f"mean perplexity / dense (logarithmic; dashed: dense{marks})")
 
 
-def _size(metrics: Metrics) -> str:
-    quantizer = "" if metrics.quantizer == "none" else f", {metrics.quantizer}"
-    return f"{metrics.model}, {100 * metrics.ratio:g}% removed{quantizer}"
+def _draw_line(panel: Axes, place: int, point: Compressed, colour: str) -> None:
+    """From dense to a dot, with the number beside it and a bar of one deviation over seeds."""
+    end, bar = (point.perplexity.mean, bar_length(point.perplexity)) if point.is_drawn else (1.0, 0.0)
+    if point.is_drawn:
+        edge = TEXT_COLOUR if point.is_reference else colour
+        panel.plot([1, end], [place, place], color=JOIN_COLOUR, linewidth=1.2, zorder=2)
+        face = "white" if point.is_reference else edge
+        marker = "s" if point.whole_experts else "o"
+        panel.errorbar(
+            end, place, xerr=bar or None, color=edge, marker=marker, markerfacecolor=face, markersize=6, capsize=2.5,
+            elinewidth=1, zorder=3,
+        )  # fmt: skip
+    panel.annotate(
+        _text(point), (max(1, end + bar), place), (7, 0),
+        textcoords="offset points", va="center", fontsize=8.5, color=TEXT_COLOUR,
+    )  # fmt: skip
 
 
-def _line(label: str, metrics: Metrics) -> Line:
-    to_dense = metrics.final.mean_perplexity / metrics.dense.mean_perplexity
-    name = f"{label} (removes no channels)" if metrics.is_reference else label
-    details = metrics.recovery_details
-    return Line(name, to_dense, metrics.is_reference, details.seconds if details else None)
+def _size(point: Compressed) -> str:
+    stored = "" if point.quantizer == "none" else f", {point.quantizer}"
+    return f"{point.model}, {100 * point.ratio:.3g}% removed{stored}"
 
 
-def _rank(line: Line) -> float:
-    return line.to_dense if line.is_drawn else math.inf
+def _name(point: Compressed) -> str:
+    return f"{point.method} (removes no channels)" if point.is_reference else point.method
+
+
+def _text(point: Compressed) -> str:
+    number = ratio_text(point.perplexity.mean) if point.is_drawn else "not finite"
+    return number if point.recovery_seconds is None else f"{number}  ({point.recovery_seconds:,.0f} s)"
+
+
+def _rank(point: Compressed) -> float:
+    return point.perplexity.mean if point.is_drawn else math.inf

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,14 @@ from matplotlib.lines import Line2D
 
 from moeprune.errors import InputError
 from moeprune.report.figures import (
-    COLOURS,
     DENSE_COLOUR,
     DENSE_LINE_COLOUR,
-    empty_figure,
+    FRONT_COLOUR,
+    FRONT_LOOK,
+    Look,
+    draw_title,
+    looks_of,
+    panels_for,
     set_log_scales,
     write_figure,
 )
@@ -29,12 +32,9 @@ from moeprune.report.point_labels import Group, write_labels
 # A perplexity this many times the dense one stands at the upper edge, so that the useful ones keep their room.
 MOST_TO_DENSE = 3.0
 ARROW = "$\\uparrow$"
-FRONT_COLOUR = "#D9D9D9"
-FRONT_LOOK: dict[str, Any] = {"linewidth": 7.0, "solid_capstyle": "round", "solid_joinstyle": "round", "zorder": 2}
 PANELS_PER_ROW = 2
 DARKER = 0.8  # of text, which is thinner than lines
 RATIO_SIZE, FRONT_SIZE = 7.5, 8.5
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # one more than colours: 42 looks before one comes again
 
 Line = Sequence[Point]
 
@@ -48,16 +48,10 @@ def pareto_figure(grids: Sequence[Grid]) -> Figure:
     """A panel per grid. Raises InputError when there is none."""
     if not grids:
         raise InputError("There is nothing to plot: no runs fill a grid of ratios and quantizers.")
-    across = min(len(grids), PANELS_PER_ROW)
-    down = math.ceil(len(grids) / across)
-    figure = empty_figure(6.6 * across, 0.9 + 5.0 * down)
-    panels = list(figure.subplots(down, across, squeeze=False).flat)
-    names = list(dict.fromkeys(name for grid in grids for name in grid.quantizers))
-    looks = dict(zip(names, zip(cycle(COLOURS), cycle(MARKERS), strict=False), strict=False))
-    drawn = {panel: _draw_panel(panel, grid, looks) for panel, grid in zip(panels, grids, strict=False)}
-    for panel in panels[len(grids) :]:
-        panel.set_axis_off()
-    figure.suptitle("Pruning and quantisation: perplexity against bytes", fontsize=13, fontweight="bold")
+    figure, panels = panels_for(len(grids), PANELS_PER_ROW, 6.6, 5.0, 0.9)
+    looks = looks_of(name for grid in grids for name in grid.quantizers)
+    drawn = {panel: _draw_panel(panel, grid, looks) for panel, grid in zip(panels, grids, strict=True)}
+    draw_title(figure, "Pruning and quantisation: perplexity against bytes")
     _draw_legend(figure, grids, looks)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
@@ -66,7 +60,7 @@ def pareto_figure(grids: Sequence[Grid]) -> Figure:
     return figure
 
 
-def _draw_panel(panel: Axes, grid: Grid, looks: Mapping[str, tuple[str, str]]) -> tuple[list[Group], list[Line]]:
+def _draw_panel(panel: Axes, grid: Grid, looks: Mapping[str, Look]) -> tuple[list[Group], list[Line]]:
     """Draw one grid; returns what is still to be labelled, and the lines that labels should not cover."""
     metrics = grid.points[0].metrics
     unit_bytes, unit = byte_unit([grid.dense_bytes])
@@ -83,14 +77,14 @@ def _draw_panel(panel: Axes, grid: Grid, looks: Mapping[str, tuple[str, str]]) -
     _draw_line(panel, front, color=FRONT_COLOUR, **FRONT_LOOK)
     groups, lines = [Group("dense", [dense_at], FRONT_SIZE)], []
     for quantizer in grid.quantizers:
-        colour, marker = looks[quantizer]
+        look = looks[quantizer]
         points = [point for point in grid.of_quantizer(quantizer) if math.isfinite(point.perplexity)]
         lines.append([place(point) for point in points if point.perplexity <= edge])
-        _draw_line(panel, lines[-1], color=colour, marker=marker, markersize=5, linewidth=1.3, zorder=4)
+        _draw_line(panel, lines[-1], color=look.colour, marker=look.marker, markersize=5, linewidth=1.3, zorder=4)
         for point in points:
             if point.perplexity > edge:
-                panel.plot(*place(point), color=colour, marker=ARROW, markersize=8, linestyle="", zorder=4)
-            groups.append(_label(point, place(point), colour, point in grid.front))
+                panel.plot(*place(point), color=look.colour, marker=ARROW, markersize=8, linestyle="", zorder=4)
+            groups.append(_label(point, place(point), look.colour, point in grid.front))
     set_log_scales(panel, *zip(*(point for group in groups for point in group.points), strict=True))
     panel.set_title(f"{grid.model}, {grid.method}", fontsize=11)
     panel.set_xlabel(f"size with overhead [{unit}; {byte_unit_note(unit)}]{_left_out(grid)}")
@@ -115,12 +109,12 @@ def _left_out(grid: Grid) -> str:
     return f"\n{infinite} not drawn: perplexity not finite" if infinite else ""
 
 
-def _draw_legend(figure: Figure, grids: Sequence[Grid], looks: Mapping[str, tuple[str, str]]) -> None:
+def _draw_legend(figure: Figure, grids: Sequence[Grid], looks: Mapping[str, Look]) -> None:
     lines = []
-    for name, (colour, marker) in looks.items():
+    for name, look in looks.items():
         grid = next(grid for grid in grids if name in grid.quantizers)
         text = quantizer_text(grid, name, ", ")
-        lines.append(Line2D([], [], label=text, color=colour, marker=marker, markersize=5, linewidth=1.3))
+        lines.append(Line2D([], [], label=text, color=look.colour, marker=look.marker, markersize=5, linewidth=1.3))
     dense = Line2D([], [], label="dense", marker="*", markersize=12, color=DENSE_COLOUR, linestyle="")
     front = Line2D([], [], label="Pareto front (bold labels)", color=FRONT_COLOUR, **FRONT_LOOK)
     figure.legend(

@@ -8,7 +8,7 @@ from itertools import pairwise
 from matplotlib.axes import Axes
 
 from moeprune.report.figures import DOTS_PER_INCH, TEXT_COLOUR
-from moeprune.report.labels import Box, Label, Point, place_labels
+from moeprune.report.labels import POINT_RADIUS, Box, Label, Point, place_labels
 
 LABEL_SIZE = 8.5
 LEADER_COLOUR = "#777777"
@@ -27,10 +27,13 @@ class Group:
     weight: str = "normal"
 
 
-def write_labels(panel: Axes, groups: Sequence[Group], lines: Sequence[Sequence[Point]]) -> None:
+def write_labels(
+    panel: Axes, groups: Sequence[Group], lines: Sequence[Sequence[Point]], others: Sequence[Point] = ()
+) -> None:
     """Write each group's text at the nearest free place; a thin line leads to a distant point.
 
-    ``lines`` through points of the data are kept free too. The panel must be laid out already.
+    ``lines`` through points of the data are kept free too, and so are ``others``, points without a label. The panel
+    must be laid out already.
     """
     pixels = DOTS_PER_INCH / 72
     texts = [
@@ -47,6 +50,8 @@ def write_labels(panel: Axes, groups: Sequence[Group], lines: Sequence[Sequence[
     left, bottom, right, top = (edge / pixels for edge in panel.get_window_extent().extents)
     drawn = [[tuple(panel.transData.transform(point) / pixels) for point in line] for line in lines]
     obstacles = [box for line in drawn for box in _covered_by_line(line)]
+    for x, y in (panel.transData.transform(point) / pixels for point in others):
+        obstacles.append(Box(x - POINT_RADIUS, y - POINT_RADIUS, x + POINT_RADIUS, y + POINT_RADIUS))
     for text, place in zip(texts, place_labels(labels, obstacles, Box(left, bottom, right, top)), strict=True):
         ends = [place.box.centre, place.box.nearest(place.point), place.point]
         centre, start, end = panel.transAxes.inverted().transform([(x * pixels, y * pixels) for x, y in ends])

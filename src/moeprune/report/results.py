@@ -1,14 +1,28 @@
 """What a run wrote (``manifest.json``, ``metrics.json``), read into frozen dataclasses."""
 
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
+
 from moeprune.errors import InputError
+from moeprune.report.variants import (
+    ByteCounts,
+    ParameterCounts,
+    PartPrecision,
+    PlanSummary,
+    RecoveryDetails,
+    Speed,
+    StageRecord,
+    TaskScore,
+    Variant,
+)
 
 SETTINGS = (
     "model", "method", "scorer", "allocator", "surgery", "ratio", "quantizer", "recovery", "training_data", "order",
@@ -16,109 +30,9 @@ SETTINGS = (
 )  # fmt: skip
 # What runs did that were made before there was a choice.
 BEFORE_THE_CHOICE = {"surgery": "none", "training_data": None, "order": ("prune", "recover", "quantize")}
+CHOSEN_BY_METHOD = ("scorer", "allocator", "surgery")
 ORDER_SEPARATOR = " > "
 Entry = TypeVar("Entry")
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """Accuracy on ``n`` examples with its standard error, both as fractions of 1."""
-
-    accuracy: float
-    stderr: float
-    n: int
-
-
-@dataclass(frozen=True)
-class ParameterCounts:
-    """Parameters in all, in routed experts, and active for one token."""
-
-    total: int
-    routed: int
-    active: int
-
-
-@dataclass(frozen=True)
-class ByteCounts:
-    """Parameters times ideal bits; with scales and unquantised tensors; files as written (None where none were); the
-    weights as they lie in memory while the model runs (None in metrics of before it was counted)."""
-
-    ideal: int
-    with_overhead: int
-    on_disk: int | None
-    in_memory: int | None = None
-
-
-@dataclass(frozen=True)
-class PartPrecision:
-    """How one part of a model is stored: ``bits`` of a weight nominally, and with all scales and code books."""
-
-    part: str
-    format: str
-    bits: float
-    bits_with_overhead: float
-    matrices: int
-    parameters: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class RecoveryDetails:
-    """What a recovery cost and how it ended; each group of parameters that trained has its highest learning rate.
-
-    ``merged``: whether nothing is left beside the weights. What storing the result moved the logits by:
-    ``stored_difference``, the root mean square relative to their size, and ``stored_max_difference``, at most. A
-    recovery of a user's own may leave these out.
-    """
-
-    training_tokens: int
-    steps: int
-    seconds: float
-    trained_parameters: int
-    learning_rates: Mapping[str, float]
-    final_loss: float | None = None
-    merged: bool | None = None
-    stored_difference: float | None = None
-    stored_max_difference: float | None = None
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One measured model of a run: dense, pruned, recovered, quantised; mappings go by text or task name.
-
-    ``precision`` is empty in metrics of before it was written down.
-    """
-
-    name: str
-    perplexity: Mapping[str, float]
-    perplexity_tokens: Mapping[str, int]
-    mean_perplexity: float
-    tasks: Mapping[str, TaskScore]
-    parameters: ParameterCounts
-    bytes: ByteCounts
-    precision: tuple[PartPrecision, ...]
-
-
-@dataclass(frozen=True)
-class StageRecord:
-    """One stage of a run: how long it took, what it used at most, and whether the cache had it."""
-
-    stage: str
-    key: str
-    cached: bool
-    seconds: float
-    peak_memory_gib: float | None
-
-
-@dataclass(frozen=True)
-class PlanSummary:
-    """How many channels the plan removed, and how many experts of each layer still have any."""
-
-    removed_channels: int
-    total_channels: int
-    removed_ratio: float
-    live_experts: tuple[int, ...]
-    note: str
 
 
 @dataclass(frozen=True)
@@ -126,7 +40,8 @@ class Metrics:
     """Everything a run measured, with the choices that made it; ``ratio`` = routed-expert channels removed.
 
     ``order`` names the stages as they were run, as in "prune > recover > quantize"; ``training_data`` is None for a run
-    without recovery.
+    without recovery. ``experiment`` is the choice of that name; ``experts_per_token`` is None where it is the
+    checkpoint's.
     """
 
     model: str
@@ -145,6 +60,8 @@ class Metrics:
     stages: tuple[StageRecord, ...]
     plan: PlanSummary
     recovery_details: RecoveryDetails | None
+    experiment: str | None = None
+    experts_per_token: int | None = None
 
     @property
     def dense(self) -> Variant:
@@ -181,18 +98,35 @@ class RunError:
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory; ``metrics`` is None where the run wrote none."""
+    """One run directory; ``metrics`` is None where the run wrote none.
+
+    ``asked``: of a run without results, the choices that were composed for it, as far as it wrote them down.
+    ``updated``: when its manifest was last written, in UTC.
+    """
 
     name: str
+    folder: Path
     status: str
     error: RunError | None
     overrides: tuple[str, ...]
     metrics: Metrics | None
+    asked: Mapping[str, str] = field(default_factory=dict)
+    updated: str = ""
 
     @property
     def results(self) -> Metrics | None:
         """The metrics of a run that ended well; None for any other, whose metrics may be partial or of an older try."""
         return self.metrics if self.status == "success" else None
+
+    @property
+    def state(self) -> str:
+        """The status in words, with the first line of the error that ended the run."""
+        if self.results is not None:
+            return "success"
+        if self.error is not None:
+            first_line = self.error.message.partition("\n")[0]
+            return f"{self.status}: {self.error.type}: {first_line}"
+        return f"{self.status}, no metrics.json" if self.status == "success" else self.status
 
 
 def load_metrics(run_dir: Path) -> Metrics:
@@ -211,13 +145,16 @@ def load_run(run_dir: Path) -> Run:
         if status == "success" and manifest.get("until"):
             # As it was asked to; metrics are then those of an earlier run in the same directory.
             status, metrics = f"stopped after {manifest['until']}", None
-        return Run(
+        run = Run(
             name=run_dir.resolve().name,
+            folder=run_dir,
             status=status,
             error=_entry(RunError, failure) if failure else None,
             overrides=tuple(manifest.get("overrides", ())),
             metrics=metrics,
+            updated=manifest.get("updated") or "",
         )
+    return run if run.results is not None else replace(run, asked=_asked(run_dir))
 
 
 @contextmanager
@@ -238,6 +175,75 @@ def load_sweep(sweep_dir: Path) -> tuple[Run, ...]:
             change="Give the directory of a sweep, such as runs/2025-01-31/12-00-00-sweep.",
         )
     return tuple(load_run(run_dir) for run_dir in sorted(run_dirs, key=lambda run_dir: _numeric_order(run_dir.name)))
+
+
+def load_runs(directories: Sequence[Path]) -> tuple[Run, ...]:
+    """Every run in or below the directories, each once, with the jobs of their sweeps that have not begun.
+
+    A run is named by its folder below what the directories have in common. Raises InputError when there is none.
+    """
+    folders: dict[Path, Run] = {}
+    for directory in directories:
+        for folder in _walk(directory):
+            if (folder / "manifest.json").exists():
+                folders.setdefault(folder.resolve(), load_run(folder))
+        for folder in _walk(directory):
+            for run in _not_begun(folder):
+                folders.setdefault(run.folder.resolve(), run)
+    if not folders:
+        raise InputError(
+            f"{', '.join(map(str, directories))}: there is no run in it or below: no manifest.json.",
+            change="Give the directory of a run or a sweep, such as runs/2025-01-31/12-00-00-sweep.",
+        )
+    above = Path(os.path.commonpath([directory.resolve() for directory in directories]))
+    runs = sorted(folders, key=lambda folder: _numeric_order(str(folder)))
+    return tuple(replace(folders[folder], name=_name(folder, above)) for folder in runs)
+
+
+def _name(folder: Path, above: Path) -> str:
+    return folder.relative_to(above).as_posix() if folder != above else folder.name
+
+
+def _walk(directory: Path) -> Iterator[Path]:
+    """The directory and the folders below it, but for hidden ones and what runs hold."""
+    for folder, below, files in os.walk(directory):
+        below[:] = [] if "manifest.json" in files else sorted(name for name in below if not name.startswith("."))
+        yield Path(folder)
+
+
+def _not_begun(sweep_dir: Path) -> Iterator[Run]:
+    """The jobs of a sweep that have no manifest yet; what no job of the sweep sets is the same in all of them."""
+    path = sweep_dir / "sweep.json"
+    if not path.exists():
+        return
+    with _expected_entries(path):
+        jobs = {sweep_dir / job["folder"]: tuple(job["overrides"]) for job in _read_json(path)["jobs"]}
+    begun = [folder for folder in jobs if (folder / "manifest.json").exists()]
+    shared = _asked(begun[0]) if begun else {}
+    for name in {override.lstrip("+").partition("=")[0] for overrides in jobs.values() for override in overrides}:
+        for key in (name, *(CHOSEN_BY_METHOD if name == "method" else ())):
+            shared.pop(key, None)
+    for folder, overrides in jobs.items():
+        if folder not in begun:
+            yield Run(folder.name, folder, "not started", None, overrides, None, shared)
+
+
+def _asked(run_dir: Path) -> dict[str, str]:
+    """The choices, ratio and seed that Hydra composed for a run, so that one without results is still known."""
+    found: dict[str, str] = {}
+    for name, path in (("hydra", ("hydra", "runtime", "choices")), ("config", ())):
+        file = run_dir / ".hydra" / f"{name}.yaml"
+        if not file.exists():
+            continue
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            for key in path:
+                content = content[key]
+        except (yaml.YAMLError, KeyError, TypeError):  # killed while it was written
+            continue
+        wanted = ("ratio", "seed") if name == "config" else (*SETTINGS, "experiment")
+        found |= {key: str(content[key]) for key in wanted if content.get(key) is not None}
+    return found
 
 
 def _numeric_order(name: str) -> list[str | int]:
@@ -269,6 +275,8 @@ def _metrics(written: dict[str, Any]) -> Metrics:
         stages=tuple(_entry(StageRecord, stage) for stage in raw["stages"]),
         plan=_entry(PlanSummary, {**plan, "live_experts": tuple(plan["live_experts"])}),
         recovery_details=_entry(RecoveryDetails, details) if details else None,
+        experiment=raw.get("experiment"),
+        experts_per_token=raw.get("experts_per_token"),
     )
 
 
@@ -282,6 +290,7 @@ def _variant(raw: dict[str, Any]) -> Variant:
         parameters=_entry(ParameterCounts, raw["parameters"]),
         bytes=_entry(ByteCounts, raw["bytes"]),
         precision=tuple(_entry(PartPrecision, row) for row in raw.get("precision", ())),
+        speed=_entry(Speed, raw["speed"]) if raw.get("speed") else None,
     )
 
 

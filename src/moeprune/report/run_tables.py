@@ -14,8 +14,9 @@ from moeprune.report.formats import (
     perplexity_text,
     rate_text,
 )
-from moeprune.report.results import Metrics, PartPrecision, RecoveryDetails, StageRecord, Variant
+from moeprune.report.results import Metrics
 from moeprune.report.tables import ROW_NAME, Cell, Column, Table
+from moeprune.report.variants import PartPrecision, RecoveryDetails, StageRecord, Variant
 
 QUALITY, PARAMETERS, FOOTPRINT = "quality", "parameters", "footprint"
 BYTE_KINDS = ("ideal", "with_overhead", "on_disk", "in_memory")
@@ -157,7 +158,17 @@ def task_meaning(metrics: Sequence[Metrics]) -> str:
     """How the tasks of these runs were scored; says so where there were none."""
     variants = [variant for each in metrics for variant in each.variants]
     examples = counts_text({task: score.n for task, score in variant.tasks.items()} for variant in variants)
-    return f"Tasks: accuracy in percent ± standard error; n: {examples}." if examples else "No tasks were run."
+    if not examples:
+        return "No tasks were run."
+    shown = counts_text(
+        {task: score.fewshot for task, score in variant.tasks.items() if score.fewshot} for variant in variants
+    )
+    scored = {task: score.metric for variant in variants for task, score in variant.tasks.items() if score.metric}
+    sentences = [f"Tasks: accuracy in percent ± standard error; n: {examples}."]
+    sentences += [f"Solved examples shown first: {shown}."] if shown else []
+    if len(set(scored.values())) > 1:  # acc and acc_norm differ by many points
+        sentences.append(f"Scored by {', '.join(f'{task} {metric}' for task, metric in scored.items())}.")
+    return " ".join(sentences)
 
 
 def _run_caption(metrics: Metrics) -> str:

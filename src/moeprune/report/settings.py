@@ -1,10 +1,15 @@
 """What runs were asked to do, in what they differ, and the name each goes by in tables and plots."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
 
-from moeprune.report.results import ORDER_SEPARATOR, SETTINGS, Run
+import yaml
 
-BUNDLED = ("scorer", "allocator", "surgery")
+from moeprune.report.results import CHOSEN_BY_METHOD, ORDER_SEPARATOR, SETTINGS, Run
+
+BUNDLED = CHOSEN_BY_METHOD
 NAMED_BY_LABEL = ("method", *BUNDLED)
 NO_SURGERY = ("surgery", "none")
 PRUNING = ("method", "scorer", "allocator")
@@ -26,6 +31,8 @@ def setting_text(run: Run, key: str) -> str | None:
         if key == "order":
             return ORDER_SEPARATOR.join(stage.strip() for stage in given[key].strip("[]").split(","))
         return "none" if given[key] == "null" else _number_or_text(given[key])
+    if key in run.asked:
+        return _number_or_text(run.asked[key])
     return None if key in SETTINGS else "default"
 
 
@@ -48,21 +55,39 @@ def methods_bundle(runs: Sequence[Run]) -> bool:
     return len(bundles) > 1 and "none" not in bundles and all(len(found) == 1 for found in bundles.values())
 
 
-def run_labels(runs: Sequence[Run]) -> list[str]:
-    """The name by which each run's method is known beside the others; model, ratio, quantizer are left out.
+def configured(run: Run, key: str) -> str | None:
+    """A setting by its dotted name as text, given or not, from the config that the run wrote down; None where that is
+    not known."""
+    text = setting_text(run, key)
+    if text not in (None, "default"):
+        return text
+    value: Any = _config(run.folder / "config.yaml")
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return None if value is None else _number_or_text(str(value))
+
+
+@cache
+def _config(path: Path) -> dict[str, Any]:
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+
+
+def run_labels(runs: Sequence[Run], without: Collection[str] = ()) -> list[str]:
+    """The name by which each run's method is known beside the others; model, ratio, quantizer are left out, and the
+    keys of ``without``.
 
     That is the method, or "scorer + allocator" (and "+ surgery" where there is one) where no method is named or one
     method was run with several; other settings and overrides follow where they vary over the runs. Where one way of
     pruning was tried with several recoveries, these and the surgery are the name.
     """
     varying = varying_keys(runs)
-    extra = [key for key in varying if key not in NAMED_BY_LABEL + SHOWN_APART]
+    extra = [key for key in varying if key not in {*NAMED_BY_LABEL, *SHOWN_APART, *without}]
     compares_recoveries = "recovery" in varying and not set(varying) & set(PRUNING)
     names = [_surgery_name(run) for run in runs] if compares_recoveries else _method_names(runs)
     labels = []
     for run, name in zip(runs, names, strict=True):
         told = {key: setting_text(run, key) for key in extra}
-        parts = [name, *(f"{key} {text}" for key, text in told.items() if text is not None)]
+        parts = [name, *(f"{key} {text}" for key, text in told.items() if text not in (None, "default"))]
         labels.append(", ".join(part for part in parts if part))
     return labels
 
@@ -78,7 +103,7 @@ def _method_names(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         method, bundle = setting_text(run, "method"), _bundle(run)
         named = method is not None and method != "none"
-        names.append((str(method) if len(bundles[method]) == 1 else f"{method} ({bundle})") if named else bundle)
+        names.append((str(method) if len(bundles[method]) <= 1 else f"{method} ({bundle})") if named else bundle)
     return names
 
 
@@ -87,16 +112,18 @@ def _overrides(run: Run) -> dict[str, str]:
 
 
 def _bundles(runs: Sequence[Run]) -> dict[str | None, set[str]]:
-    """What each method was run with."""
+    """What each method was run with, as far as that is known."""
     bundles: dict[str | None, set[str]] = {}
     for run in runs:
-        bundles.setdefault(setting_text(run, "method"), set()).add(_bundle(run))
+        found = bundles.setdefault(setting_text(run, "method"), set())
+        if None not in (setting_text(run, key) for key in BUNDLED):
+            found.add(_bundle(run))
     return bundles
 
 
 def _bundle(run: Run) -> str:
     values = [setting_text(run, key) for key in BUNDLED]
-    return " + ".join(str(value) for key, value in zip(BUNDLED, values, strict=True) if (key, value) != NO_SURGERY)
+    return " + ".join(value for key, value in zip(BUNDLED, values, strict=True) if value and (key, value) != NO_SURGERY)
 
 
 def _number_or_text(text: str) -> str:

@@ -10,8 +10,10 @@ from moeprune.report.csv_file import write_csv
 from moeprune.report.files import written_whole
 from moeprune.report.grid import Grid, find_grids
 from moeprune.report.grid_tables import grid_tables, write_grid_csv
+from moeprune.report.points import compressed
 from moeprune.report.results import Metrics, Run, load_run, load_sweep
 from moeprune.report.run_tables import precision_table, recovery_table, recovery_text, run_table, stage_table
+from moeprune.report.seeds import rows_of
 from moeprune.report.sweep_table import methods_table, sweep_table
 from moeprune.report.tables import markdown, print_table
 from moeprune.report.takeaway import takeaway
@@ -90,20 +92,22 @@ def write_sweep_report(sweep_dir: Path, console: Console) -> list[Path]:
 
 
 def _write_plots(runs: Sequence[Run], grids: Sequence[Grid], sweep_dir: Path) -> list[Path]:
-    """``perplexity_vs_bytes.png``, where there are any results; ``methods.png``, where many runs of one size are to be
+    """``perplexity_vs_bytes.png``, where a perplexity is finite; ``methods.png``, where many runs of one size are to be
     told apart; ``pareto.png`` and ``.svg`` of the grids."""
     # Imported here: matplotlib takes a second to load, which runs that plot nothing should not wait for.
-    from moeprune.report.methods_plot import crowded_sizes, plot_methods
+    from moeprune.report.figures import write_figure
+    from moeprune.report.front_plot import front_figure
+    from moeprune.report.methods_plot import crowded_sizes, methods_figure
     from moeprune.report.pareto_plot import plot_pareto
-    from moeprune.report.plots import plot_perplexity_against_bytes
 
     written = []
-    if any(run.results for run in runs):
+    points = compressed(rows_of(runs))
+    if any(point.is_drawn for point in points):
         written.append(sweep_dir / "perplexity_vs_bytes.png")
-        plot_perplexity_against_bytes(runs, written[-1])
-    if crowded_sizes(runs):
+        write_figure(front_figure(points), written[-1])
+    if crowded_sizes(points):
         written.append(sweep_dir / "methods.png")
-        plot_methods(runs, written[-1])
+        write_figure(methods_figure(points), written[-1])
     if grids:
         pareto = [sweep_dir / f"pareto.{kind}" for kind in ("png", "svg")]
         plot_pareto(grids, *pareto)

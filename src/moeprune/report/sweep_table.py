@@ -1,6 +1,5 @@
 """One table over all runs of a sweep: what varies, then the final variant's quality and size."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,14 +13,20 @@ from moeprune.report.formats import (
     perplexity_text,
     ratio_text,
 )
-from moeprune.report.results import SETTINGS, Metrics, Run, Variant
+from moeprune.report.ranking import with_ranks
+from moeprune.report.results import SETTINGS, Metrics, Run
 from moeprune.report.run_tables import RATIO_MEANING, RECOVERY, column_of, names_in, perplexity_meaning, task_meaning
 from moeprune.report.settings import BUNDLED, methods_bundle, setting_text, setting_values, varying_keys
 from moeprune.report.tables import ROW_NAME, Cell, Column, Table
+from moeprune.report.variants import Variant
 
 PERPLEXITY_AND_SIZE, TASKS = "perplexity and size", "tasks"
 SHOWN_VARIANT = (
     "Shown is each run's last variant: pruned, and recovered or quantised where a recovery or quantizer is named."
+)
+RANKS_MEANING = (
+    "Bold: best of the runs of one model, ratio and quantizer; underlined: second best of three and more; standard "
+    "errors are ignored in this."
 )
 ALWAYS_STATED = ("model", "seed", "calibration")
 
@@ -53,7 +58,8 @@ class Row:
 def sweep_table(runs: Sequence[Run]) -> Table:
     """Per model its dense row and the runs' final variants in order, then unfinished runs with their error.
 
-    The best value among the runs of one model, ratio and quantizer is bold; values that read the same share it.
+    The best value among the runs of one model, ratio and quantizer is bold, the second best underlined; values that
+    read the same share it.
     """
     rows = _rows(runs)
     measured = [run.results for run in runs if run.results]
@@ -65,7 +71,7 @@ def sweep_table(runs: Sequence[Run]) -> Table:
     columns.append(_size_column(rows, unit_bytes, unit))
     columns += _recovery_columns(rows)
     if len(measured) < len(runs):
-        status = [Cell(_status(row.run)) for row in rows]
+        status = [Cell(row.run.state) for row in rows]
         columns.append(Column("status", status, PERPLEXITY_AND_SIZE, prose=True))
     any_best = any(cell.best for column in columns for cell in column.cells)
     size_meaning = f"{byte_unit_note(unit)}, with scales and unquantised tensors; (2x): dense is twice as large."
@@ -159,32 +165,7 @@ def _recovery_columns(rows: Sequence[Row]) -> list[Column]:
 
 
 def _with_best(rows: Sequence[Row], texts: Sequence[str], lowest: bool) -> list[Cell]:
-    """Cells in which the best number among rivals is marked, unless all of them read the same."""
-    seen: dict[Rivals, set[float]] = {}
-    numbers = [_leading_number(text) for text in texts]
-    for row, number in zip(rows, numbers, strict=True):
-        if row.rivals is not None and number is not None:
-            seen.setdefault(row.rivals, set()).add(number)
-    best_of = {rivals: min(found) if lowest else max(found) for rivals, found in seen.items() if len(found) > 1}
-    return [
-        Cell(text, best=number is not None and row.rivals is not None and best_of.get(row.rivals) == number)
-        for row, text, number in zip(rows, texts, numbers, strict=True)
-    ]
-
-
-def _leading_number(text: str) -> float | None:
-    """The number as it is shown, so that values which read the same count as equal; None where nothing was measured."""
-    number = math.nan if text == MISSING else float(text.split()[0])
-    return None if math.isnan(number) else number
-
-
-def _status(run: Run) -> str:
-    if run.results is not None:
-        return "success"
-    if run.error is not None:
-        first_line = run.error.message.partition("\n")[0]
-        return f"{run.status}: {run.error.type}: {first_line}"
-    return f"{run.status}, no metrics.json" if run.status == "success" else run.status
+    return with_ranks([Cell(text) for text in texts], [row.rivals for row in rows], lowest)
 
 
 def _caption(runs: Sequence[Run], measured: Sequence[Metrics], any_best: bool) -> str:
@@ -199,7 +180,7 @@ def _caption(runs: Sequence[Run], measured: Sequence[Metrics], any_best: bool) -
         *_unequal_dense(measured),
     ]
     if any_best:
-        sentences.append("Bold: best of the runs of one model, ratio and quantizer; bold ignores standard errors.")
+        sentences.append(RANKS_MEANING)
     return " ".join(sentences)
 
 

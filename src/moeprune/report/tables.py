@@ -1,4 +1,4 @@
-"""A table as columns of text, from which the terminal table and the Markdown both come."""
+"""A table as columns of cells, from which the terminal table, the Markdown, the LaTeX and the page all come."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,14 +11,24 @@ from rich.text import Text
 PAGE_WIDTH = 120
 LEAST_TEXT_WIDTH = 16
 ROW_NAME = ""
+MARK_ROOM = "  "
+SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The text of one cell; ``best`` cells are bold."""
+    """The text of one cell; ``best`` cells are bold, ``second`` best ones underlined.
+
+    ``number``: what a page sorts the column by. ``note``: why the cell is empty, or what its number is; a footnote, or
+    a tooltip on a page. ``runs``: the folders of the runs behind the cell, relative to the report.
+    """
 
     text: str
     best: bool = False
+    second: bool = False
+    number: float | None = None
+    note: str = ""
+    runs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,7 @@ class Column:
     @property
     def width(self) -> int:
         """The fewest characters it needs across, with the space to the next column."""
-        lines = [*self.head.split("\n"), *(cell.text for cell in self.cells)]
+        lines = [*self.head.split("\n"), *(cell.text + MARK_ROOM * bool(cell.note) for cell in self.cells)]
         longest = max(len(line) for line in lines)
         return (min(longest, LEAST_TEXT_WIDTH) if self.prose else longest) + len(" | ")
 
@@ -89,9 +99,23 @@ def _with_group_captions(table: Table, groups: Sequence[str]) -> Table:
     return replace(table, caption=" ".join(captions), group_captions={})
 
 
+def footnotes(table: Table) -> dict[str, int]:
+    """The different notes of a table's cells, row by row, each with its number."""
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    notes = dict.fromkeys(cell.note for row in rows for cell in row if cell.note)
+    return {note: number for number, note in enumerate(notes, start=1)}
+
+
+def superscript(number: int) -> str:
+    return str(number).translate(SUPERSCRIPTS)
+
+
 def print_table(table: Table, console: Console) -> None:
     """Print to the terminal, in parts where it is narrower than the table."""
+    if console.quiet:
+        return
     for part in parts(table, console.width):
+        notes = footnotes(part)
         console.print(Text(part.title, style="bold"))
         shown = RichTable(box=box.SIMPLE_HEAD)
         shown.show_edge = shown.pad_edge = False
@@ -99,14 +123,24 @@ def print_table(table: Table, console: Console) -> None:
         for column in part.columns:
             shown.add_column(
                 Text(column.head),
-                justify="left" if _reads_left(column) else "right",
+                justify="left" if reads_left(column) else "right",
                 no_wrap=fits and not column.prose,
                 overflow="fold",
             )
         for row in zip(*(column.cells for column in part.columns), strict=True):
-            shown.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in row))
+            shown.add_row(*(_terminal_cell(cell, notes) for cell in row))
         console.print(shown)
-        console.print(Text(f"{part.caption}\n" if part.caption else "", style="dim"))
+        below = [*([part.caption] if part.caption else []), *(f"{superscript(notes[note])} {note}" for note in notes)]
+        console.print(Text("".join(f"{line}\n" for line in below), style="dim"))
+
+
+def _terminal_cell(cell: Cell, notes: Mapping[str, int]) -> Text:
+    style = "bold" if cell.best else "underline" if cell.second else ""
+    return Text(cell.text, style=style).append(_mark(cell, notes), style="not bold not underline")
+
+
+def _mark(cell: Cell, notes: Mapping[str, int]) -> str:
+    return f" {superscript(notes[cell.note])}" if cell.note else ""
 
 
 def markdown(table: Table) -> str:
@@ -115,23 +149,35 @@ def markdown(table: Table) -> str:
 
 
 def _markdown_part(part: Table) -> str:
-    columns = [_markdown_column(column) for column in part.columns]
+    notes = footnotes(part)
+    columns = [_markdown_column(column, notes) for column in part.columns]
     rows = [f"| {' | '.join(row)} |" for row in zip(*columns, strict=True)]
     caption = [part.caption, ""] if part.caption else []
-    return "\n".join([f"### {part.title}", "", *rows, "", *caption])
+    below = [line for note in notes for line in (f"{superscript(notes[note])} {markdown_text(note)}", "")]
+    return "\n".join([f"### {part.title}", "", *rows, "", *caption, *below])
 
 
-def _markdown_column(column: Column) -> list[str]:
-    head = column.head.replace("\n", " ")
-    cells = [f"**{cell.text}**" if cell.best else cell.text for cell in column.cells]
-    texts = [text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ") for text in [head, *cells]]
+def _markdown_column(column: Column, notes: Mapping[str, int]) -> list[str]:
+    texts = [markdown_text(column.head), *(_markdown_cell(cell, notes) for cell in column.cells)]
     width = max(3, *(len(text) for text in texts))
-    if _reads_left(column):
+    if reads_left(column):
         texts = [text.ljust(width) for text in texts]
         return [texts[0], "-" * width, *texts[1:]]
     texts = [text.rjust(width) for text in texts]
     return [texts[0], "-" * (width - 1) + ":", *texts[1:]]
 
 
-def _reads_left(column: Column) -> bool:
+def _markdown_cell(cell: Cell, notes: Mapping[str, int]) -> str:
+    text = markdown_text(cell.text)
+    marked = f"**{text}**" if cell.best else f"<u>{text}</u>" if cell.second else text
+    return marked + _mark(cell, notes)
+
+
+def markdown_text(text: str) -> str:
+    """One line in which nothing is taken for a table's border or for HTML."""
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def reads_left(column: Column) -> bool:
+    """Whether the column is aligned left, as names and prose are."""
     return column.group == ROW_NAME or column.prose

@@ -4,10 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 
 from moeprune.report.formats import MISSING
-from moeprune.report.results import Metrics, Run, StageRecord
+from moeprune.report.results import Metrics, Run
 from moeprune.report.run_tables import column_of
 from moeprune.report.settings import SHOWN_APART, run_labels, setting_text, varying_keys
 from moeprune.report.tables import ROW_NAME, Table
+from moeprune.report.variants import StageRecord
 
 # First parts of stage names in the order of the road; a stage of any other name comes last.
 ROAD = (
@@ -56,7 +57,7 @@ def run_times_table(runs: Sequence[Run]) -> Table:
     apart = [key for key in varying_keys(finished) if key in SHOWN_APART]
     columns = [column_of("run", (run.name for run in finished), ROW_NAME)]
     columns += [column_of(key, (setting_text(run, key) or MISSING for run in finished), ROW_NAME) for key in apart]
-    columns.append(column_of("method", run_labels(finished), ROW_NAME))
+    columns.append(column_of("method", run_labels(finished, without=("experiment",)), ROW_NAME))
     for head, parts in STEPS.items():
         columns.append(column_of(head, (_step_text(metrics, parts) for metrics in measured), SECONDS))
     spent = (sum(record.seconds for record in metrics.stages if not record.cached) for metrics in measured)
