@@ -2,7 +2,7 @@
 
 import itertools
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,12 +12,22 @@ from omegaconf import DictConfig, OmegaConf
 
 from moeprune.app.build import build_experiment, build_optional
 from moeprune.app.check import checked
+from moeprune.app.grids import jobs_of_grids
 from moeprune.app.main import config_folder
 from moeprune.errors import InputError
 
 CONF = config_folder()
 FILES = sorted(CONF.rglob("*.yaml"))
-CHOICES = [(file.parent.relative_to(CONF).as_posix(), file.stem) for file in FILES if file.parent != CONF]
+EXPERIMENTS = CONF / "experiment"
+
+
+def choice_of(file: Path) -> tuple[str, str]:
+    """(group, choice) of a file; an experiment may lie in a folder of its group."""
+    group = EXPERIMENTS if EXPERIMENTS in file.parents else file.parent
+    return group.relative_to(CONF).as_posix(), file.relative_to(group).with_suffix("").as_posix()
+
+
+CHOICES = [choice_of(file) for file in FILES if file.parent != CONF]
 
 each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONF)))
 
@@ -48,14 +58,15 @@ def every_point(overrides: list[str]) -> list[list[str]]:
     return [list(point) for point in itertools.product(*values)]
 
 
-def points_of_sweep(swept: Mapping[str, str]) -> list[list[str]]:
-    """Every combination of choices, and every combination of plain values such as ratios, each at least once; what
-    composes is a matter of the choices, so not each with each of the others."""
-    choices = {key: value for key, value in swept.items() if (CONF / key).is_dir()}
-    values = {key: value for key, value in swept.items() if key not in choices}
-    first, second = (every_point([f"{key}={value}" for key, value in some.items()]) for some in (choices, values))
-    pairs = zip(itertools.cycle(first), itertools.cycle(second), strict=False)
-    return [[*one, *other] for one, other in itertools.islice(pairs, max(len(first), len(second)))]
+def points_of_sweep(sweeper: DictConfig) -> list[list[str]]:
+    """Of the jobs of a sweep so many that each setting has each of its values at least once."""
+    jobs = jobs_of_grids(sweeper.params or {}, sweeper.get("grids"), [])
+    points: list[list[str]] = []
+    seen: set[str] = set()
+    while left := [job for job in jobs if set(job) - seen]:
+        points.append(max(left, key=lambda job: len(set(job) - seen)))
+        seen |= set(points[-1])
+    return points
 
 
 def assert_works(config: DictConfig) -> None:
@@ -94,13 +105,15 @@ def test_every_file_begins_with_a_command_that_uses_it(file):
         assert (program, file.stem) in [("moeprune", "config"), (f"moeprune-{file.stem}", file.stem)]
     elif program != "moeprune-rerun":
         assert program == "moeprune"
-        assert f"{file.parent.relative_to(CONF).as_posix()}={file.stem}" in words
+        assert "=".join(choice_of(file)) in words
 
 
 @each_file
 def test_the_command_of_every_file_works(file):
     program, *words = command_of(file)
     overrides = [word for word in words if word != "--multirun"]
+    if file.parent.name == "paper" and not file.stem.endswith("_embedded"):
+        return  # tests/app/test_paper_experiments.py dry-runs them
     if program == "moeprune-rerun":
         return  # takes the folder of a sweep; tests/app/test_rerun.py tries it
     if program != "moeprune":
@@ -109,8 +122,7 @@ def test_the_command_of_every_file_works(file):
         return
     for point in every_point(overrides):
         config = compose("config", overrides=point, return_hydra_config=True)
-        swept = config.hydra.sweeper.params or {}
-        for inner in points_of_sweep(swept):
+        for inner in points_of_sweep(config.hydra.sweeper):
             assert_works(compose("config", overrides=[*point, *inner]))
 
 

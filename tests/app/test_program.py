@@ -132,7 +132,7 @@ def test_a_sweep_shares_its_statistics_reports_every_job_and_a_failed_one_hides_
     assert jobs[failed_job]["error"]["type"] == "BudgetError"
 
     assert len(list(outcome.place.glob("cache/statistics/*"))) == 1
-    assert len(list(outcome.place.glob("cache/evaluation/dense/*"))) == 1
+    assert len(list(outcome.place.glob("cache/evaluation/dense/size/*"))) == 1
     assert len(list(outcome.place.glob("cache/plan/*"))) == 3
     assert left_half_written(outcome.place) == []
 

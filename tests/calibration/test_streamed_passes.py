@@ -8,6 +8,7 @@ from families import build_family, save_as_the_hub_does
 from pass_checks import left_as_it_was
 
 from moeprune.calibration.all_tokens import AllTokensPass
+from moeprune.calibration.expert_ablation import ExpertAblationPass
 from moeprune.calibration.expert_subsets import ExpertSubsetPass
 from moeprune.calibration.loss_gradients import BLOCK_LOCAL, LANGUAGE_MODEL, LossGradientPass
 from moeprune.calibration.released_attribution import ReleasedAttributionPass
@@ -20,6 +21,7 @@ from moeprune.models.layers.workspace import Workspace
 CPU = torch.device("cpu")
 PASSES = {
     "all_tokens": AllTokensPass(groups=2),
+    "expert_ablation": ExpertAblationPass(tokens=20),
     "expert_subsets": ExpertSubsetPass(tokens=20, exhaustive_up_to=6),
     "block_local": LossGradientPass(BLOCK_LOCAL),
     "released_attribution": ReleasedAttributionPass(),

@@ -107,3 +107,15 @@ def test_fewer_windows_than_asked_are_said(byte_tokenizer, caplog):
 def test_a_window_that_leaves_nothing_to_predict_is_refused(byte_tokenizer):
     with pytest.raises(InputError, match="sequence_length=1 leaves nothing to predict"):
         windows_of_text(byte_tokenizer, "a" * 40, name="text", count=1, length=1)
+
+
+def test_a_seed_also_samples_a_text_that_holds_few_windows_more_than_asked(byte_tokenizer):
+    text = "".join(f"{number:04d}" for number in range(100))
+    first, second = (
+        windows_of_text(byte_tokenizer, text, name="small", count=20, length=11, seed=seed).input_ids_NT
+        for seed in (1, 2)
+    )
+    all_of_it = windows_of_text(byte_tokenizer, text, name="small", count=40, length=11).input_ids_NT.tolist()
+    assert not torch.equal(first, second)
+    assert all(window in all_of_it for window in first.tolist())
+    assert len({tuple(window) for window in first.tolist()}) == 20

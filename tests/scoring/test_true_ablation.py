@@ -6,12 +6,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from moeprune.calibration.expert_ablation import ExpertAblationPass
 from moeprune.calibration.recorder import OUTPUT_NORM_EPS
 from moeprune.calibration.statistics import collect_statistics
+from moeprune.errors import InputError
 from moeprune.models.adapter import moe_layers
 from moeprune.models.runtime.router import keep_router_rows
+from moeprune.scoring.activation import ActivationScorer
 from moeprune.scoring.attribution import AttributionScorer
 from moeprune.scoring.removal import RemovalScorer
+from moeprune.scoring.true_ablation import TrueAblationScorer
 
 ALPHA = 0.9
 
@@ -89,3 +93,30 @@ def test_renormalised_gates_of_tokens_that_never_had_the_expert_do_not_change(
         had_ET = torch.stack([(saw.experts_TK == expert).any(dim=1) for expert in range(saw.layer.expert_count)])
         assert error_ET[~had_ET].max() < 1e-12
         assert error_ET[had_ET].min() > 1e-5
+
+
+def test_true_ablation_is_the_loss_of_a_model_without_the_expert(ablation, tiny_model_64, random_windows, statistics):
+    """Up to the router's softmax, which is in float32."""
+    scorer = TrueAblationScorer()
+    (found,) = (one(tiny_model_64, random_windows, 5) for one in scorer.passes)
+    torch.testing.assert_close(found.loss_LE, ablation(remove).sum(dim=-1), rtol=1e-4, atol=1e-6)
+    scores, usual = scorer(statistics, found), ActivationScorer()(statistics)
+    assert torch.equal(scores.expert_LE, found.loss_LE)
+    assert torch.equal(scores.channel_LEC, usual.channel_LEC) and torch.equal(scores.layer_L, usual.layer_L)
+
+
+def test_true_ablation_of_a_sample_is_that_of_fewer_tokens(tiny_model_64, random_windows):
+    everything = ExpertAblationPass()(tiny_model_64, random_windows, 5)
+    sampled = ExpertAblationPass(tokens=20)(tiny_model_64, random_windows, 5)
+    assert (sampled.loss_LE <= everything.loss_LE).all() and (sampled.loss_LE < everything.loss_LE).any()
+    again = ExpertAblationPass(tokens=20)(tiny_model_64, random_windows, 2)
+    torch.testing.assert_close(again.loss_LE, sampled.loss_LE, rtol=1e-9, atol=1e-12)
+
+
+def test_the_second_order_of_experts_goes_with_activation_of_channels(statistics):
+    scores, usual = ActivationScorer("second_order")(statistics), ActivationScorer()(statistics)
+    assert torch.equal(scores.expert_LE, RemovalScorer(ALPHA, False)(statistics).expert_LE)
+    assert torch.equal(scores.channel_LEC, usual.channel_LEC)
+    assert torch.equal(usual.expert_LE, AttributionScorer()(statistics).expert_LE)
+    with pytest.raises(InputError, match=r"scorer\.experts"):
+        ActivationScorer("third_order")

@@ -27,6 +27,22 @@ class BasicLauncher(Launcher):
         return launch_here(self._sweep, job_overrides, initial_job_idx)
 
 
+class DryRunLauncher(Launcher):
+    """Runs nothing: composes and checks every job, and shows what it would take."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from moeprune.app.launching.compose import Sweep
+        from moeprune.app.launching.dry_run import require_grid
+
+        self._sweep = Sweep(config, hydra_context, task_function)
+        require_grid(self._sweep)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from moeprune.app.launching.dry_run import dry_run
+
+        return dry_run(self._sweep, job_overrides, initial_job_idx)
+
+
 class LocalLauncher(submitit_launcher.LocalLauncher):
     """Runs a few jobs at once on this machine."""
 

@@ -14,13 +14,21 @@ class OptunaSweeper(Sweeper):
     """Launches trials that Optuna chooses, in batches of ``parallel``; see `moeprune.app.search`."""
 
     def __init__(
-        self, trials: int, parallel: int, direction: str, sampler: str, seed: int, params: Mapping[str, Any]
+        self,
+        trials: int,
+        parallel: int,
+        direction: str,
+        sampler: str,
+        seed: int,
+        params: Mapping[str, Any],
+        grids: object = None,
     ) -> None:
         super().__init__()
         self.settings: dict[str, Any] = {
             "trials": trials, "parallel": parallel, "direction": direction, "sampler": sampler, "seed": seed,
         }  # fmt: skip
         self.params = dict(params)
+        self.has_grids = grids is not None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """What Hydra calls before `sweep`."""
@@ -43,6 +51,11 @@ class OptunaSweeper(Sweeper):
             raise InputError(
                 f"{asked[0]} leaves a search nothing to compare: only a whole run has an objective.",
                 change="Leave until out.",
+            )
+        if self.has_grids:
+            raise InputError(
+                "This experiment has several grids (hydra.sweeper.grids); a search has one space.",
+                change="Leave the experiment out and give its settings, or add hydra.sweeper.grids=null.",
             )
         sweep_dir = Path(self.config.hydra.sweep.dir)
         space = Space.of([*(f"{name}={value}" for name, value in self.params.items()), *arguments])

@@ -17,10 +17,12 @@ from moeprune.models.runtime.contract import gate_and_up
 
 @dataclass(frozen=True)
 class ExpertInputs:
-    """One batch at one MoE layer: ``x_BTH`` enters the router and the experts; ``mask_BT`` is 0 for padding."""
+    """One batch at one MoE layer: ``x_BTH`` enters the router and the experts; ``y_BTH`` is the output of the whole
+    decoder layer; ``mask_BT`` is 0 for padding."""
 
     first_window: int  # index of the batch's first window
     x_BTH: Tensor
+    y_BTH: Tensor
     mask_BT: Tensor
 
 
@@ -49,11 +51,11 @@ def _inputs(layer: MoeLayer, visit: LayerVisit, batches: list[tuple[Tensor, Tens
     for _, mask_BT in batches:
         hook = layer.experts.register_forward_pre_hook(keep)
         try:
-            next(visit.outputs)
+            _, y_TH = next(visit.outputs)
         finally:
             hook.remove()
         x_BTH = entered.pop().reshape(*mask_BT.shape, -1)
-        yield ExpertInputs(first_window, x_BTH, mask_BT.to(x_BTH.device))
+        yield ExpertInputs(first_window, x_BTH, y_TH.reshape(x_BTH.shape), mask_BT.to(x_BTH.device))
         first_window += len(mask_BT)
 
 

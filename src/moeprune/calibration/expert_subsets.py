@@ -1,6 +1,5 @@
 """Which experts of a layer, kept together, change its routed output least; their tokens reroute."""
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -8,19 +7,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moeprune.calibration.expert_inputs import channels_of, walk_expert_inputs
+from moeprune.calibration.expert_inputs import walk_expert_inputs
+from moeprune.calibration.restricted_layer import RestrictedLayer, require_removable, sampled_tokens
 from moeprune.calibration.subset_search import GeneticSearch, best_of_all, eliminated, without
 from moeprune.calibration.tensor_files import load_fields, save_fields
 from moeprune.calibration.windows import TokenWindows
-from moeprune.errors import InputError, require_positive
-from moeprune.models.adapter import MoeLayer, moe_layers
+from moeprune.errors import require_positive
+from moeprune.models.adapter import moe_layers
 from moeprune.models.layers.streaming import Model, skeleton
 from moeprune.models.layers.workspace import IN_MEMORY, Workspace
-from moeprune.models.runtime.contract import project_down
-from moeprune.models.runtime.router import keep_router_rows
-
-# Outputs of all experts are held for so many tokens at a time.
-TOKEN_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -75,29 +70,21 @@ class ExpertSubsetPass:
         self, model: Model, windows: TokenWindows, batch_size: int, workspace: Workspace = IN_MEMORY
     ) -> ExpertSubsets:
         for layer in moe_layers(skeleton(model)):
-            _require_removable(layer)
-        sampled_NT = self._sampled(windows)
+            require_removable(layer)
+        sampled_NT = sampled_tokens(windows, self.tokens, self.seed)
         found = []
         for layer, inputs in walk_expert_inputs(model, windows, batch_size, "expert subsets", workspace):
             pieces = []
             for seen in inputs:
                 rows = slice(seen.first_window, seen.first_window + len(seen.x_BTH))
                 pieces.append(seen.x_BTH[sampled_NT[rows].to(seen.x_BTH.device)])
-            found.append(self._search(_RestrictedLayer(layer, torch.cat(pieces))))
+            found.append(self._search(RestrictedLayer(layer, torch.cat(pieces))))
         return ExpertSubsets(*(torch.stack(field) for field in zip(*found, strict=True)))
 
     def load(self, path: Path) -> ExpertSubsets:
         return load_fields(ExpertSubsets, path)
 
-    def _sampled(self, windows: TokenWindows) -> Tensor:
-        """Which tokens are drawn; bool [N, T]."""
-        valid_P = windows.mask_NT.flatten().nonzero().flatten()
-        order_P = torch.randperm(len(valid_P), generator=torch.Generator().manual_seed(self.seed))
-        sampled_NT = torch.zeros_like(windows.mask_NT, dtype=torch.bool)
-        sampled_NT.view(-1)[valid_P[order_P[: self.tokens]]] = True
-        return sampled_NT
-
-    def _search(self, restricted: "_RestrictedLayer") -> tuple[Tensor, Tensor, Tensor]:
+    def _search(self, restricted: RestrictedLayer) -> tuple[Tensor, Tensor, Tensor]:
         """The fields of `ExpertSubsets` for one layer."""
         expert_count, least = restricted.layer.expert_count, restricted.layer.top_k
         removal_losses = [restricted.loss(without(range(expert_count), expert)) for expert in range(expert_count)]
@@ -109,70 +96,3 @@ class ExpertSubsetPass:
             keep_EE[len(kept) - 1, kept] = True
             loss_E[len(kept) - 1] = loss
         return keep_EE, loss_E, torch.tensor(removal_losses, dtype=torch.float64)
-
-
-class _RestrictedLayer:
-    """The losses of one layer when its router may only choose among some experts."""
-
-    @torch.no_grad()
-    def __init__(self, layer: MoeLayer, x_TH: Tensor) -> None:
-        self.layer = layer
-        self._x_TH = x_TH
-        self._gram_TEE = torch.cat([_gram_TEE(layer, chunk_TH) for chunk_TH in x_TH.split(TOKEN_CHUNK)])
-        self._gates_TE = self._gates(list(range(layer.expert_count)))
-
-    @torch.no_grad()
-    def loss(self, live: list[int]) -> float:
-        """``||F(x) - F_S(x)||_F`` with S = ``live``."""
-        delta_TE = self._gates_TE - self._gates(live)
-        moved_TE = torch.bmm(self._gram_TEE, delta_TE.unsqueeze(-1)).squeeze(-1)
-        return float((moved_TE * delta_TE).sum().clamp(min=0).sqrt())
-
-    def _gates(self, live: list[int]) -> Tensor:
-        """Gates of the outputs [T, E] that the router with only the rows of ``live`` gives; float64."""
-        router = copy.deepcopy(self.layer.router)
-        live_S = torch.tensor(live, device=self._x_TH.device)
-        if len(live) < self.layer.expert_count:
-            keep_router_rows(router, live_S)
-        _, gates_TK, rows_TK = router(self._x_TH)
-        if self.layer.gates_inputs:
-            gates_TK = torch.ones_like(gates_TK)
-        return _spread(gates_TK, live_S[rows_TK], self.layer.expert_count)
-
-
-def _gram_TEE(layer: MoeLayer, x_TH: Tensor) -> Tensor:
-    """``<f_te, f_td>`` of every token and pair of experts; float64."""
-    experts, outputs = layer.experts, []
-    input_gates_TE = _gates_of_all(layer, x_TH) if layer.gates_inputs else None
-    for expert in range(layer.expert_count):
-        scaled_TH = x_TH if input_gates_TE is None else (x_TH * input_gates_TE[:, expert, None]).to(x_TH.dtype)
-        outputs.append(project_down(experts, expert, channels_of(experts, expert, scaled_TH)))
-    f_TEH = torch.stack(outputs, dim=1).double()
-    return torch.bmm(f_TEH, f_TEH.transpose(1, 2))
-
-
-def _gates_of_all(layer: MoeLayer, x_TH: Tensor) -> Tensor:
-    """The gate that each expert would give each token [T, E]; in Llama 4 it does not depend on the others."""
-    router = copy.deepcopy(layer.router)
-    router.top_k = layer.expert_count
-    _, gates_TE, experts_TE = router(x_TH)
-    return _spread(gates_TE, experts_TE, layer.expert_count)
-
-
-def _spread(gates_TK: Tensor, experts_TK: Tensor, expert_count: int) -> Tensor:
-    """Gates [T, E], 0 for experts not chosen; float64."""
-    gates_TE = torch.zeros(len(gates_TK), expert_count, dtype=torch.float64, device=gates_TK.device)
-    return gates_TE.scatter_(1, experts_TK, gates_TK.double())
-
-
-def _require_removable(layer: MoeLayer) -> None:
-    if layer.routes_by_group:
-        raise InputError(
-            f"{layer.name} routes among groups of experts, which cannot shrink.",
-            change="Use a scorer that does not try subsets of experts.",
-        )
-    if layer.top_k >= layer.expert_count:
-        raise InputError(
-            f"{layer.name} sends every token to {layer.top_k} of {layer.expert_count} experts; none can be removed.",
-            change="Use a scorer of channels.",
-        )
