@@ -9,7 +9,7 @@ import torch
 from moeprune.models.footprint.peak import Activations, adapter_parameters
 from moeprune.models.footprint.prediction import shape_of
 from moeprune.recovery.adapters import Adapters
-from moeprune.report.footprint import GPUS
+from moeprune.report.tables.footprint import GPUS
 from moeprune.surgery.prune import prune
 from moeprune.types import Plan
 

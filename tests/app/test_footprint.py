@@ -17,8 +17,8 @@ from moeprune.models.footprint.measured import count_parameters
 from moeprune.models.footprint.prediction import empty_model, even_widths, predict, shape_of
 from moeprune.quantization.int8 import Int8Quantizer
 from moeprune.quantization.nf4 import NF4Quantizer
-from moeprune.report.footprint import GPUS, MEBIBYTE
-from moeprune.report.published import published_storage
+from moeprune.report.published.storage import published_storage
+from moeprune.report.tables.footprint import GPUS, MEBIBYTE
 
 FACTS = {
     file.stem: (file.read_text(), yaml.safe_load(file.read_text())["expected"])

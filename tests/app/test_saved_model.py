@@ -9,7 +9,7 @@ import yaml
 from moeprune.app import saved_model
 from moeprune.app.saved_model import check_destination, origin, save_model
 from moeprune.errors import InputError
-from moeprune.report.results import Metrics, load_run
+from moeprune.report.runs.results import Metrics, load_run
 
 
 def variant(name: str, perplexity: float) -> dict:

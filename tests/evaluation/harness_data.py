@@ -84,6 +84,14 @@ HUMANEVAL = [
     },
 ]  # fmt: skip
 
+GPQA = [
+    {
+        "Question": f"What is {n} times {n}?", "Correct Answer": str(n * n),
+        "Incorrect Answer 1": f"{n}", "Incorrect Answer 2": f"{n + n}", "Incorrect Answer 3": "less",
+    }
+    for n in range(3, 15)
+]  # fmt: skip
+
 DATA_SETS: dict[str, dict[str, Records]] = {
     "allenai/ai2_arc": {"train": ARC, "validation": ARC, "test": ARC},
     "Rowan/hellaswag": {"train": HELLASWAG, "validation": HELLASWAG},
@@ -92,6 +100,7 @@ DATA_SETS: dict[str, dict[str, Records]] = {
     "allenai/winogrande": {"train": WINOGRANDE, "validation": WINOGRANDE},
     "cais/mmlu": {"test": MMLU, "validation": MMLU, "dev": MMLU},
     "openai/gsm8k": {"train": GSM8K, "test": GSM8K[:2]},
+    "Idavidrein/gpqa": {"train": GPQA},
     "openai/openai_humaneval": {"test": HUMANEVAL},
 }
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 import sys
 
 import evaluate as metrics_library
@@ -101,6 +102,25 @@ def test_mmlu_is_the_mean_over_all_items_of_57_subjects(tiny_model, byte_tokeniz
 
 
 @one_model
+def test_choices_that_are_shuffled_come_in_the_same_order_in_every_run(tiny_model, byte_tokenizer, monkeypatch):
+    seen = []
+    compute = FittingLM.loglikelihood
+
+    def noting(self, requests, disable_tqdm=False):
+        seen.append([request.args for request in requests])
+        return compute(self, requests, disable_tqdm)
+
+    monkeypatch.setattr(FittingLM, "loglikelihood", noting)
+    drawn = []
+    for seed in (1, 2):
+        random.seed(seed)
+        score(tiny_model, byte_tokenizer, "gpqa_main_zeroshot")
+        drawn.append(random.random())
+    assert seen[0] == seen[1]
+    assert drawn == [random.Random(seed).random() for seed in (1, 2)]  # as if nothing had been drawn
+
+
+@one_model
 def test_gsm8k_shows_five_examples_and_reads_the_answer_from_what_is_written(tiny_model, byte_tokenizer, monkeypatch):
     seen = []
 
@@ -136,7 +156,7 @@ def test_humaneval_runs_what_the_model_wrote_and_takes_the_permission_back(tiny_
 @one_model
 def test_generated_code_does_not_run_without_permission(tiny_model, byte_tokenizer):
     for refuse in (
-        lambda: check_tasks([TaskChoice("humaneval")], run_generated_code=False),
+        lambda: check_tasks([TaskChoice("humaneval")], run_generated_code=False, streams=False),
         lambda: score(tiny_model, byte_tokenizer, "humaneval"),
     ):
         with pytest.raises(InputError, match=r"(?s)runs the Python code.*evaluation\.run_generated_code=true"):

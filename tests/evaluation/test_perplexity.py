@@ -95,6 +95,11 @@ def test_a_text_too_short_for_one_window_is_an_input_error(byte_tokenizer, lengt
         whole_text(byte_tokenizer, "a short text", name="short", length=length)
 
 
+def test_no_text_at_all_is_an_input_error(byte_tokenizer):
+    with pytest.raises(InputError, match=r"evaluation\.source has no text"):
+        Evaluation(TextFiles({}), windows=3, sequence_length=12).check(byte_tokenizer, streams=False)
+
+
 @pytest.mark.parametrize("batch_size", [0, -4, "many", 2.5, True])
 def test_a_batch_size_that_is_no_number_is_an_input_error(batch_size):
     with pytest.raises(InputError, match=f"batch_size={batch_size} is not possible"):

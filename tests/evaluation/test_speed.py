@@ -45,6 +45,16 @@ def test_models_take_turns_after_a_warm_up(tiny_model, build_model, model_name):
     assert seen[:4] == [6, 1, 1, 1]
 
 
+@one_model
+def test_prompts_that_do_not_fit_are_an_input_error(tiny_model, monkeypatch):
+    def never_fits(*_inputs, **_settings):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(type(tiny_model), "forward", never_fits)
+    with pytest.raises(InputError, match=r"2 prompts of 6 tokens do not fit.*\n.*evaluation\.speed\.batch_size"):
+        FAST({"dense": tiny_model})
+
+
 @pytest.mark.parametrize("name", ["batch_size", "prompt_tokens", "new_tokens", "repeats"])
 def test_nothing_can_be_measured_of_nothing(name):
     with pytest.raises(InputError, match=f"{name}=0"):

@@ -14,8 +14,21 @@ PAPER = ("arc_challenge", "arc_easy", "hellaswag", "piqa", "boolq", "winogrande"
 
 def refused(*choices: TaskChoice) -> str:
     with pytest.raises(InputError) as refusal:
-        check_tasks(choices, run_generated_code=False)
+        check_tasks(choices, run_generated_code=False, streams=False)
     return str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "wikitext"])
+def test_a_model_on_disk_is_only_asked_to_choose(name):
+    metric = {"wikitext": "byte_perplexity"}.get(name)
+    with pytest.raises(InputError, match=r"more than choose among answers.*\n.*model\.streaming=never"):
+        check_tasks([TaskChoice(name, metric=metric)], run_generated_code=False, streams=True)
+
+
+@pytest.mark.parametrize("name", ["piqa", "mmlu", "lambada_openai"])
+def test_a_model_on_disk_may_be_asked_to_choose(name, monkeypatch):
+    monkeypatch.setattr("moeprune.evaluation.task_checks.load_harness_task", lambda _task: None)
+    check_tasks([TaskChoice(name)], run_generated_code=False, streams=True)
 
 
 @pytest.fixture
@@ -48,6 +61,15 @@ def test_a_group_whose_tasks_lie_in_other_folders_is_found_whole():
     assert sorted(find_task("minerva_math").leaves)[0] == "minerva_math_algebra"
 
 
+def test_tasks_that_are_written_out_within_a_group_are_left_to_lm_eval():
+    assert find_task("flan_held_in").leaves == {}
+
+
+def test_what_a_file_names_but_lm_eval_does_not_read_is_unknown():
+    assert "scrolls" in known_tasks()
+    assert "Task 'scrolls' does not exist" in refused(TaskChoice("scrolls"))
+
+
 def test_an_unknown_task_is_told_with_the_nearest_names():
     assert "Did you mean: arc_easy" in refused(TaskChoice("arc_eazy"))
     assert "Did you mean: word_order" in refused(TaskChoice("word_ordr"))
@@ -69,9 +91,16 @@ def test_a_task_that_needs_another_antlr_is_told_to_have_an_environment_of_its_o
 
 
 def test_a_metric_or_number_of_examples_that_a_task_has_not():
-    assert "Task 'boolq' has no metric acc_norm.\nPossible: acc." in refused(TaskChoice("boolq", metric="acc_norm"))
-    assert "has no metric accuracy.\nPossible: acc_norm." in refused(TaskChoice("leaderboard_gpqa"))
-    assert "Task 'cloze' has no metric f1.\nPossible: acc" in refused(TaskChoice("cloze", metric="f1"))
+    assert "Task 'boolq' has no metric acc_norm.\nPossible: acc,none." in refused(
+        TaskChoice("boolq", metric="acc_norm")
+    )
+    assert "has no metric accuracy.\nPossible: acc_norm,none." in refused(TaskChoice("leaderboard_gpqa"))
+    assert "Task 'cloze' has no metric f1.\nPossible: acc,none" in refused(TaskChoice("cloze", metric="f1"))
+    wrong_filter = refused(TaskChoice("gsm8k", metric="exact_match,flexible"))
+    assert "Possible: exact_match,strict-match, exact_match,flexible-extract." in wrong_filter
+    assert 'metric: "exact_match,strict-match"' in wrong_filter
+    assert "Task 'gsm8k' has several metrics exact_match" in refused(TaskChoice("gsm8k", metric="exact_match"))
+    assert "Possible: exact_match,custom-extract." in refused(TaskChoice("mmlu_pro"))
     assert "defined without examples" in refused(TaskChoice("gpqa_main_zeroshot", fewshot=5))
 
 
@@ -91,7 +120,7 @@ def test_data_that_cannot_be_had_say_what_to_do_about_the_connection(no_hub):
 def test_data_that_were_fetched_before_are_not_asked_for_again(no_hub, tmp_path):
     no_hub("no connection")
     (tmp_path / "baber___piqa").mkdir()
-    check_tasks([TaskChoice("piqa")], run_generated_code=False)
+    check_tasks([TaskChoice("piqa")], run_generated_code=False, streams=False)
     with pytest.raises(InputError):
         load_harness_task(find_task("piqa"))
 
@@ -125,5 +154,5 @@ def test_a_result_with_several_accuracies_of_the_asked_kind_asks_which():
     assert task_score(TaskChoice("gsm8k"), result)["metric"] == "exact_match,strict-match"
     with pytest.raises(InputError, match="exact_match,flexible-extract"):
         task_score(TaskChoice("gsm8k", metric="exact_match"), result)
-    with pytest.raises(InputError, match="gives not just an accuracy"):
+    with pytest.raises(InputError, match="has no metric accuracy"):
         task_score(TaskChoice("wikitext"), {"metrics": {"word_perplexity,none": {}}, "n": 4, "fewshot": 0})

@@ -111,7 +111,7 @@ class TestStreaming:
     @pytest.fixture
     def free_bytes(self, monkeypatch):
         """``set_free(bytes)``: what the device is said to have left."""
-        return lambda count: monkeypatch.setattr(source_module, "_free_bytes", lambda _device: count)
+        return lambda count: monkeypatch.setattr(source_module, "free_bytes", lambda _device: count)
 
     @one_model
     def test_a_model_is_streamed_when_it_takes_too_much_of_the_memory(self, source, tiny_model, free_bytes, caplog):
@@ -171,15 +171,15 @@ class TestStreaming:
         own.write_text(f"{groups}\n")
         monkeypatch.setattr(source_module, "CONTROL_GROUPS", tmp_path)
         monkeypatch.setattr(source_module, "OWN_GROUPS", own)
-        unlimited = source_module._free_bytes(torch.device("cpu"))
+        unlimited = source_module.free_bytes(torch.device("cpu"))
         limit.write_text("max\n")
-        assert source_module._free_bytes(torch.device("cpu")) == pytest.approx(unlimited, rel=0.5)
+        assert source_module.free_bytes(torch.device("cpu")) == pytest.approx(unlimited, rel=0.5)
         limit.write_text(f"{psutil.Process().memory_info().rss + 2**26}\n")
-        assert source_module._free_bytes(torch.device("cpu")) < 2**27
+        assert source_module.free_bytes(torch.device("cpu")) < 2**27
 
     def test_without_control_groups_what_is_available_counts(self, tmp_path, monkeypatch):
         monkeypatch.setattr(source_module, "OWN_GROUPS", tmp_path / "none")
-        assert source_module._free_bytes(torch.device("cpu")) > 0
+        assert source_module.free_bytes(torch.device("cpu")) > 0
 
 
 def test_weights_in_memory_lie_as_streamed_ones_do(tmp_path, byte_tokenizer, random_windows):

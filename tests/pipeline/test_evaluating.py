@@ -118,6 +118,14 @@ def test_speed_is_measured_in_every_run_and_told_with_the_metrics(experiment, wa
     assert all("speed" not in metrics for metrics in result.variants.values())
 
 
+@pytest.mark.parametrize(("free", "together"), [(2**40, True), (1, False)])
+def test_models_take_turns_where_the_memory_of_the_job_holds_them_all(experiment, walk, monkeypatch, free, together):
+    monkeypatch.setattr("moeprune.pipeline.evaluating.free_bytes", lambda _device: free)
+    fast = Speed(batch_size=1, prompt_tokens=4, new_tokens=2, repeats=1)
+    result, _, _ = walk(evaluating(experiment(), speed=fast))
+    assert [metrics["speed"]["interleaved"] for metrics in result.variants.values()] == [together] * 2
+
+
 def test_the_speed_of_a_model_on_disk_is_refused_before_anything_is_computed(experiment, walk, tmp_path):
     base = experiment()
     streamed = replace(base, model=replace(base.model, streaming="always"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from moeprune.report.results import Metrics, load_metrics
+from moeprune.report.runs.results import Metrics, load_metrics
 
 WriteRun = Callable[..., Path]
 DENSE_BYTES = {

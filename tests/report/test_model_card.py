@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from moeprune.report.model_card import Origin, model_card
-from moeprune.report.results import Metrics, load_run
-from moeprune.report.variants import PartPrecision
+from moeprune.report.runs.results import Metrics, load_run
+from moeprune.report.runs.variants import PartPrecision
 
 SETTINGS = {
     "model": {"path": "/data/models/dense"},

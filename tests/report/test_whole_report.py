@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from moeprune.report import whole_report
-from moeprune.report.results import load_runs
+from moeprune.report.runs.results import load_runs
 from moeprune.report.whole_report import parts_of, write_whole_report
 
 GOLDEN = Path(__file__).parent / "golden"

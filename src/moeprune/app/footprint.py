@@ -16,8 +16,8 @@ from moeprune.allocation.budget import Budget
 from moeprune.app.check import ModelConfig, check_precisions
 from moeprune.errors import InputError
 from moeprune.models.shape import local_folder
-from moeprune.report.footprint import GIBIBYTE, GPUS, FootprintRow, require_possible_file, write_footprint
-from moeprune.report.published import KINDS_TEXT
+from moeprune.report.published.storage import KINDS_TEXT
+from moeprune.report.tables.footprint import GIBIBYTE, GPUS, FootprintRow, require_possible_file, write_footprint
 
 if TYPE_CHECKING:
     from moeprune.models.source import ModelSource

@@ -75,7 +75,7 @@ def _run(
     from moeprune.pipeline.cache import StageCache
     from moeprune.pipeline.progress import Broadcast
     from moeprune.pipeline.run import run, run_until
-    from moeprune.report.results import load_metrics
+    from moeprune.report.runs.results import load_metrics
 
     quiet_libraries()
     if config.save_model is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from moeprune.app.manifest import MANIFEST
 from moeprune.app.terminal import terminal
 from moeprune.errors import InputError
-from moeprune.report.results import load_runs
+from moeprune.report.runs.results import load_runs
 from moeprune.report.summary import write_run_report
 from moeprune.report.whole_report import write_whole_report
 

@@ -14,7 +14,7 @@ from moeprune.models.shape import local_folder
 from moeprune.pipeline.cache import RECORD
 from moeprune.pipeline.run import RECOVERY_FILES
 from moeprune.report.model_card import Origin, model_card
-from moeprune.report.results import Metrics
+from moeprune.report.runs.results import Metrics
 
 CARD = "README.md"
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")

@@ -60,7 +60,7 @@ class ExpertSubsetPass:
     genetic: GeneticSearch | None = None
 
     stage: ClassVar[str] = "expert_subsets"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # 2: experts in another order of sums
     needs_removable_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moeprune.calibration.sample import TextSource
 from moeprune.calibration.windows import TokenWindows
-from moeprune.errors import require_positive
+from moeprune.errors import InputError, require_positive
 from moeprune.evaluation.fitting import AUTO, require_batch_size
 from moeprune.evaluation.perplexity import perplexity
 from moeprune.evaluation.speed import Speed
@@ -75,15 +75,18 @@ class Evaluation:
             for name, text in self.source.read().items()
         }
 
-    def check(self, tokenizer: PreTrainedTokenizerBase) -> list[Part]:
-        """The `parts`. Raises InputError for a text that is missing or too short, or a task that cannot be run."""
+    def check(self, tokenizer: PreTrainedTokenizerBase, streams: bool) -> list[Part]:
+        """The `parts`. Raises InputError for a text that is missing or too short, or a task that cannot be run, on a
+        model that ``streams`` or not."""
         parts = self.parts(tokenizer)
-        check_tasks(self.task_choices, self.run_generated_code)
+        check_tasks(self.task_choices, self.run_generated_code, streams)
         return parts
 
     def parts(self, tokenizer: PreTrainedTokenizerBase) -> list[Part]:
         """The texts, then the tasks."""
         texts = [self._text_part(name, windows) for name, windows in self.token_windows(tokenizer).items()]
+        if not texts:
+            raise InputError("evaluation.source has no text.", change="Name one; perplexity is measured on it.")
         return texts + [self._task_part(choice, tokenizer) for choice in self.task_choices]
 
     def metrics(self, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

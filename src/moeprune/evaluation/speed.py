@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from moeprune.errors import require_positive
+from moeprune.errors import InputError, require_positive
+from moeprune.evaluation.fitting import try_out
 
 Loader = Callable[[], PreTrainedModel]
 
@@ -39,12 +40,18 @@ class Speed:
     def __call__(self, models: Mapping[str, PreTrainedModel]) -> dict[str, dict[str, Any]]:
         """``{name: {"prefill_tokens_per_second", "decode_tokens_per_second", ...}}``, with the settings and the device.
 
-        The models take turns, so that a machine that grows slower or faster meanwhile favours none of them.
+        The models take turns, so that a machine that grows slower or faster meanwhile favours none of them. Raises
+        InputError where the prompts do not fit in memory.
         """
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
         for repeat in tqdm(range(self.repeats + 1), desc="speed", unit="repeat"):
             for name, model in models.items():
-                took = _seconds(model, self._prompts(model), self.new_tokens)
+                took = try_out(lambda model=model: _seconds(model, self._prompts(model), self.new_tokens))  # type: ignore[misc]
+                if took is None:
+                    raise InputError(
+                        f"{self.batch_size} prompts of {self.prompt_tokens} tokens do not fit in the memory of the GPU.",
+                        change="Use a smaller evaluation.speed.batch_size, prompt_tokens or new_tokens.",
+                    )
                 if repeat > 0:
                     seconds[name].append(took)
         return {name: self._told(models[name], took) for name, took in seconds.items()}

@@ -1,27 +1,40 @@
 """What can be wrong with a task, told before a model is loaded."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moeprune.errors import InputError
 from moeprune.evaluation.generated_code import code_may_run, require_permission
-from moeprune.evaluation.task_choice import ACCURACY_METRICS, TaskChoice
+from moeprune.evaluation.seeding import seeded
+from moeprune.evaluation.task_choice import TaskChoice
 from moeprune.evaluation.task_files import HarnessTask, known_tasks
 
 FETCH_CODE_METRIC = "python -c \"import evaluate; evaluate.load('code_eval')\""
+# What a task may ask of a model whose layers stay on disk.
+ONE_PASS = ("multiple_choice", "loglikelihood")
+
+_NO_FILTER = ({"name": "none"},)
 
 
-def check_harness_task(task: HarnessTask, choice: TaskChoice, run_generated_code: bool) -> None:
+def check_harness_task(task: HarnessTask, choice: TaskChoice, run_generated_code: bool, streams: bool) -> None:
     """Fetch the data of a task of lm-eval where they are not on this machine yet.
 
     Raises InputError for a task that needs a permission or a library that is not there, has not the chosen metric or
-    number of examples, or whose data cannot be had.
+    number of examples, generates text while the model ``streams``, or whose data cannot be had.
     """
     unsafe = runs_code(task)
     if unsafe:
         require_permission(choice.name, run_generated_code)
-    check_metric(choice, _metrics_of(task))
+    names = _metrics_of(task)
+    if names and not any("/" in name for name in names):  # a function gives its values names of its own
+        choice.metric_of(names)
+    if streams and not all(
+        "class" in config or config.get("output_type") in ONE_PASS for config in task.leaves.values()
+    ):
+        raise InputError(
+            f"Task {choice.name!r} does more than choose among answers; on layers from disk it would take for ever.",
+            change="Use tasks that choose among answers, or a model that fits in memory: model.streaming=never.",
+        )
     if choice.fewshot and any(config.get("num_fewshot") == 0 for config in task.leaves.values()):
         raise InputError(
             f"Task {choice.name}: fewshot={choice.fewshot} is not possible, it is defined without examples.",
@@ -41,7 +54,8 @@ def runs_code(task: HarnessTask) -> bool:
 def load_harness_task(task: HarnessTask) -> Any:
     """The task with its data, as lm-eval's ``evaluate`` takes it. Raises InputError where the data cannot be had."""
     try:
-        return task.manager.load([task.name])
+        with seeded():
+            return task.manager.load([task.name])
     except Exception as error:  # datasets and the hub's client raise a dozen kinds
         paths = sorted({str(config.get("dataset_path")) for config in task.leaves.values()})
         if "gated" in str(error).lower():
@@ -60,7 +74,7 @@ def load_harness_task(task: HarnessTask) -> Any:
 
 
 def _metrics_of(task: HarnessTask) -> list[str]:
-    """The metrics that a task or group names. Raises InputError for a group that has none."""
+    """What lm-eval will call the values of a task or group. Raises InputError for a group that has none."""
     is_group = task.config.get("group") == task.name
     given = task.config.get("aggregate_metric_list" if is_group else "metric_list")
     if is_group and not given:
@@ -68,22 +82,12 @@ def _metrics_of(task: HarnessTask) -> list[str]:
             f"Task {task.name!r} is a group of tasks without a mean over them.",
             change=f"Name those that you want: {', '.join(sorted(task.leaves))}.",
         )
-    return [str(each["metric"]) for each in given or ()]
-
-
-def check_metric(choice: TaskChoice, names: Sequence[str]) -> None:
-    """Raise InputError where the chosen metric, or any accuracy, is none of ``names``."""
-    if not names or any("/" in name for name in names):  # a function gives its values names of its own
-        return
-    accuracies = [name.partition(",")[0] for name in ACCURACY_METRICS]
-    asked = [choice.metric.partition(",")[0]] if choice.metric else accuracies
-    if not set(asked).intersection(names):
-        what = asked[0] if choice.metric else "accuracy"
-        raise InputError(
-            f"Task {choice.name!r} has no metric {what}.",
-            possible=names,
-            change=f"Choose one as in {{name: {choice.name}, metric: {names[0]}}}.",
-        )
+    of_tasks = [filters["name"] for leaf in task.leaves.values() for filters in leaf.get("filter_list") or _NO_FILTER]
+    names = []
+    for each in given or ():
+        own = each.get("filter_list") or of_tasks
+        names += [f"{each['metric']},{kind}" for kind in dict.fromkeys([own] if isinstance(own, str) else own)]
+    return names
 
 
 def _import_functions(task: HarnessTask) -> None:

@@ -1,6 +1,6 @@
 """A task as the user names it: by name alone, or with a number of examples and a metric."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from moeprune.errors import InputError
@@ -41,6 +41,20 @@ class TaskChoice:
                 f"Task {choice.name}: fewshot={choice.fewshot} is not possible.", change="Use a whole number from 0 up."
             )
         return choice
+
+    def metric_of(self, names: Collection[str]) -> str:
+        """The chosen one of lm-eval's ``names``, such as "acc,none". Raises InputError where none or several are."""
+        if self.metric is None:
+            found = [name for name in ACCURACY_METRICS if name in names][:1]
+        else:
+            found = [name for name in names if self.metric in (name, name.partition(",")[0])]
+        if len(found) != 1:
+            raise InputError(
+                f"Task {self.name!r} has {'several metrics' if found else 'no metric'} {self.metric or 'accuracy'}.",
+                possible=names,
+                change=f'Choose one as in {{name: {self.name}, metric: "{next(iter(found or names))}"}}.',
+            )
+        return found[0]
 
 
 def task_choices(entries: Sequence[object]) -> tuple[TaskChoice, ...]:

@@ -47,18 +47,22 @@ def find_task(name: str, also: Iterable[str] = ()) -> HarnessTask:
     Raises InputError where there is none, with names that are spelled alike, ``also`` among these; and for a tag: a set
     of tasks that has no mean of its own.
     """
-    if name not in known_tasks():
-        tagged = _tasks_with_tag(name)
-        if tagged:
-            raise InputError(
-                f"{name!r} is no task but a tag of {len(tagged)} tasks.", change=f"Name them: [{','.join(tagged)}]."
-            )
-        near = get_close_matches(name, [*also, *known_tasks()], n=5, cutoff=0.6)
-        change = f"Did you mean: {', '.join(near)}?" if near else "lm-eval ls tasks prints what lm-eval knows."
-        raise InputError(f"Task {name!r} does not exist.", change=change)
     manager = _manager_of({name})
+    if name not in known_tasks() or name not in manager.task_index:  # some files name what lm-eval does not read
+        raise _no_task(name, also)
     config = manager.task_index[name].cfg
     return HarnessTask(name, manager, config, _leaves(name, manager.task_index))
+
+
+def _no_task(name: str, also: Iterable[str]) -> InputError:
+    tagged = _tasks_with_tag(name)
+    if tagged:
+        return InputError(
+            f"{name!r} is no task but a tag of {len(tagged)} tasks.", change=f"Name them: [{','.join(tagged)}]."
+        )
+    near = get_close_matches(name, [*also, *known_tasks()], n=5, cutoff=0.6)
+    change = f"Did you mean: {', '.join(near)}?" if near else "lm-eval ls tasks prints what lm-eval knows."
+    return InputError(f"Task {name!r} does not exist.", change=change)
 
 
 def _manager_of(names: set[str]) -> Any:
@@ -84,7 +88,8 @@ def _members(entry: Any) -> list[str]:
     if entry is None:
         return []
     members = entry.tags if entry.cfg is None else entry.cfg.get("task") if "group" in entry.cfg else ()
-    return [member if isinstance(member, str) else member.get("task", member.get("group")) for member in members or ()]
+    names = [member if isinstance(member, str) else member.get("task") for member in members or ()]
+    return [name for name in names if isinstance(name, str)]  # the others are written out within the group
 
 
 def _leaves(name: str, index: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

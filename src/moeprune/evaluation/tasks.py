@@ -7,20 +7,18 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from moeprune.errors import InputError
 from moeprune.evaluation.generated_code import code_may_run, require_permission
-from moeprune.evaluation.task_checks import check_harness_task, check_metric, load_harness_task, runs_code
-from moeprune.evaluation.task_choice import ACCURACY_METRICS, TaskChoice
+from moeprune.evaluation.seeding import SEED, seeded
+from moeprune.evaluation.task_checks import check_harness_task, load_harness_task, runs_code
+from moeprune.evaluation.task_choice import TaskChoice
 from moeprune.evaluation.task_files import find_task
 from moeprune.models.layers.streaming import Model, StreamedModel
 
 # Only metrics that are no plain mean are bootstrapped.
 BOOTSTRAP_SAMPLES = 1000
-SEED = 1234  # lm-eval's own, of the examples that are shown and of sampled text
 
 
 def shipped_tasks() -> list[str]:
@@ -28,17 +26,17 @@ def shipped_tasks() -> list[str]:
     return sorted(entry.stem for entry in _tasks_folder().glob("*.yaml"))
 
 
-def check_tasks(choices: Iterable[TaskChoice], run_generated_code: bool) -> None:
-    """Raise InputError for a task that cannot be run; see `check_harness_task`.
+def check_tasks(choices: Iterable[TaskChoice], run_generated_code: bool, streams: bool) -> None:
+    """Raise InputError for a task that cannot be run, on a model that ``streams`` or not; see `check_harness_task`.
 
     Takes seconds where a task does not ship with the package, and longer where its data must be fetched.
     """
     shipped = shipped_tasks()
     for choice in choices:
         if choice.name in shipped:
-            check_metric(choice, [each["metric"] for each in _shipped_config(choice.name)["metric_list"]])
+            choice.metric_of([f"{each['metric']},none" for each in _shipped_config(choice.name)["metric_list"]])
         else:
-            check_harness_task(find_task(choice.name, shipped), choice, run_generated_code)
+            check_harness_task(find_task(choice.name, shipped), choice, run_generated_code, streams)
 
 
 def task_settings(choice: TaskChoice, items: int | None) -> dict[str, object]:
@@ -68,8 +66,7 @@ def task_result(
     language_model = _language_model(load(), tokenizer, batch_size)
     # One call per task: in a common call, lm-eval's cache of logits mistakes requests of two tasks for each other when
     # they are the same tokens split at different places.
-    with code_may_run(unsafe), torch.random.fork_rng():
-        torch.manual_seed(SEED)
+    with code_may_run(unsafe), seeded():
         answers = evaluate(
             language_model,
             loaded,
@@ -88,20 +85,9 @@ def task_result(
 
 def task_score(choice: TaskChoice, result: Mapping[str, Any]) -> dict[str, Any]:
     """``{"accuracy", "stderr", "n", "metric", "fewshot"}``; raises InputError where the result has not the metric."""
-    metrics = result["metrics"]
-    if choice.metric is None:
-        chosen = [name for name in ACCURACY_METRICS if name in metrics][:1]
-    else:
-        chosen = [name for name in metrics if choice.metric in (name, name.partition(",")[0])]
-    if len(chosen) != 1:
-        asked = "an accuracy" if choice.metric is None else f"one metric {choice.metric}"
-        raise InputError(
-            f"Task {choice.name!r} gives not just {asked}.",
-            possible=metrics,
-            change=f"Choose one: {{name: {choice.name}, metric: {next(iter(metrics))}}}.",
-        )
-    found = metrics[chosen[0]]
-    scored = {"accuracy": found["value"], "stderr": found["stderr"], "n": result["n"], "metric": chosen[0]}
+    metric = choice.metric_of(result["metrics"])
+    found = result["metrics"][metric]
+    scored = {"accuracy": found["value"], "stderr": found["stderr"], "n": result["n"], "metric": metric}
     return {**scored, "fewshot": result["fewshot"]}
 
 
@@ -143,7 +129,7 @@ def _language_model(model: Model, tokenizer: PreTrainedTokenizerBase, batch_size
     from moeprune.evaluation.language_model import FittingLM
     from moeprune.evaluation.streamed_tasks import StreamedLM
 
-    limit = model.config.max_position_embeddings
+    limit = model.config.get_text_config().max_position_embeddings
     kind: Any = StreamedLM if isinstance(model, StreamedModel) else FittingLM
     return kind(model, tokenizer, batch_size, limit)
 

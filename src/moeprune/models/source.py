@@ -205,7 +205,7 @@ class ModelSource:
         if self.streaming != AUTO:
             return self.streaming == ALWAYS
         needed = sum(_bytes_in_memory(tensor, self.computation_dtype) for tensor in tensors)
-        free = _free_bytes(self.placement)
+        free = free_bytes(self.placement)
         streams = needed > LARGEST_SHARE_OF_MEMORY * free
         log.info(
             "%s %s: its weights take %.1f GiB in %s, and %.1f GiB are free on %s",
@@ -228,7 +228,7 @@ def _bytes_in_memory(tensor: StoredTensor, dtype: torch.dtype) -> int:
     return prod(tensor.shape) * (dtype if tensor.dtype.is_floating_point else tensor.dtype).itemsize
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     """Memory that is left on the device; on the CPU also to the container or job, where Linux limits one."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

@@ -10,15 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-
 from moeprune.evaluation.evaluate import Part
 from moeprune.evaluation.speed import measure
 from moeprune.models.footprint.measured import count_bytes, count_parameters
 from moeprune.models.footprint.precision import precision_table
 from moeprune.models.layers.streaming import Model, skeleton
 from moeprune.models.shape import weight_files
+from moeprune.models.source import free_bytes
 from moeprune.pipeline.cache import Artifact, StageCache
 from moeprune.pipeline.experiment import Experiment
 from moeprune.pipeline.identity import describe
@@ -104,7 +102,7 @@ def measure_speeds(experiment: Experiment, models: Mapping[str, Artifact | None]
     stored = sum(file.stat().st_size for each in evaluated.values() for file in weight_files(each.folder))
     source = experiment.model
     needed = stored * max(1, source.computation_dtype.itemsize / source.storage_dtype.itemsize)
-    together = needed < LARGEST_SHARE_OF_MEMORY * _free_bytes(source.placement)
+    together = needed < LARGEST_SHARE_OF_MEMORY * free_bytes(source.placement)
     log.info("speed of %s: %s", ", ".join(models), "taking turns" if together else "one after the other, for memory")
     loaders: dict[str, Any] = {name: each.load for name, each in evaluated.items()}
     return measure(speed, loaders, together)
@@ -131,9 +129,3 @@ def _writing(compute: Callable[[], Mapping[str, Any]]) -> Callable[[Path], None]
         (folder / RESULT).write_text(json.dumps(compute(), indent=1))
 
     return write
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available

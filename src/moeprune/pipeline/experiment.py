@@ -78,7 +78,7 @@ class Experiment:
                 change="Set evaluation.speed=null, or, where the model does fit, model.streaming=never.",
             )
         tokenizer = self.model.tokenizer()
-        parts = self.evaluation.check(tokenizer)
+        parts = self.evaluation.check(tokenizer, self.model.streams())
         check_recovery = getattr(self.recovery, "check", None)
         if check_recovery is not None:
             check_recovery(tokenizer)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from moeprune.report.formats import MEGABYTE, MISSING, accuracy_text, byte_unit, parameter_text, perplexity_text
-from moeprune.report.results import Metrics
-from moeprune.report.run_tables import BYTE_KINDS, BYTES_MEANING, RATIO_MEANING, names_in, recovery_facts
-from moeprune.report.variants import Variant
+from moeprune.report.runs.results import Metrics
+from moeprune.report.runs.variants import Variant
+from moeprune.report.tables.formats import MEGABYTE, MISSING, accuracy_text, byte_unit, parameter_text, perplexity_text
+from moeprune.report.tables.run_tables import BYTE_KINDS, BYTES_MEANING, RATIO_MEANING, names_in, recovery_facts
 
 GROUPS = ("calibration", "scorer", "allocator", "surgery", "recovery", "training_data", "quantizer")
 ROWS_OF_THEIR_OWN = ("data",)  # of a recovery

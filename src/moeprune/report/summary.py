@@ -6,18 +6,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from moeprune.report.csv_file import write_csv
-from moeprune.report.files import written_whole
-from moeprune.report.grid import Grid, find_grids
-from moeprune.report.grid_tables import grid_tables, write_grid_csv
-from moeprune.report.points import compressed
-from moeprune.report.results import Metrics, Run, load_run, load_sweep
-from moeprune.report.run_tables import precision_table, recovery_table, recovery_text, run_table, stage_table
-from moeprune.report.seeds import rows_of
-from moeprune.report.sweep_table import methods_table, sweep_table
-from moeprune.report.tables import markdown, print_table
-from moeprune.report.takeaway import takeaway
-from moeprune.report.times import run_times_table, stage_times_table
+from moeprune.report.documents.csv_file import write_csv
+from moeprune.report.documents.files import written_whole
+from moeprune.report.figures.points import compressed
+from moeprune.report.runs.grid import Grid, find_grids
+from moeprune.report.runs.results import Metrics, Run, load_run, load_sweep
+from moeprune.report.runs.seeds import rows_of
+from moeprune.report.tables.grid_tables import grid_tables, write_grid_csv
+from moeprune.report.tables.run_tables import precision_table, recovery_table, recovery_text, run_table, stage_table
+from moeprune.report.tables.sweep_table import methods_table, sweep_table
+from moeprune.report.tables.table import markdown, print_table
+from moeprune.report.tables.takeaway import takeaway
+from moeprune.report.tables.times import run_times_table, stage_times_table
 
 
 def write_run_report(run_dir: Path, console: Console, with_plots: bool = True) -> list[Path]:
@@ -49,11 +49,13 @@ def write_run_plots(run_dir: Path, metrics: Metrics) -> list[Path]:
     """Draw a run's diagnostics and its loss curve, where it has them; returns what was written."""
     written = []
     if (run_dir / "diagnostics.json").exists():
-        from moeprune.report.diagnostics_plots import write_diagnostics_plots  # see below: matplotlib is slow to load
+        from moeprune.report.figures.diagnostics_plots import (
+            write_diagnostics_plots,  # see below: matplotlib is slow to load
+        )
 
         written += write_diagnostics_plots(run_dir / "diagnostics.json")
     if (run_dir / "loss_curve.jsonl").exists():
-        from moeprune.report.loss_curve import write_loss_curve_plot
+        from moeprune.report.figures.loss_curve import write_loss_curve_plot
 
         title = f"Recovery {recovery_text(metrics)}: {metrics.model} at ratio {metrics.ratio:g}, seed {metrics.seed}"
         written += write_loss_curve_plot(run_dir / "loss_curve.jsonl", title)
@@ -95,10 +97,10 @@ def _write_plots(runs: Sequence[Run], grids: Sequence[Grid], sweep_dir: Path) ->
     """``perplexity_vs_bytes.png``, where a perplexity is finite; ``methods.png``, where many runs of one size are to be
     told apart; ``pareto.png`` and ``.svg`` of the grids."""
     # Imported here: matplotlib takes a second to load, which runs that plot nothing should not wait for.
-    from moeprune.report.figures import write_figure
-    from moeprune.report.front_plot import front_figure
-    from moeprune.report.methods_plot import crowded_sizes, methods_figure
-    from moeprune.report.pareto_plot import plot_pareto
+    from moeprune.report.figures.front_plot import front_figure
+    from moeprune.report.figures.methods_plot import crowded_sizes, methods_figure
+    from moeprune.report.figures.pareto_plot import plot_pareto
+    from moeprune.report.figures.style import write_figure
 
     written = []
     points = compressed(rows_of(runs))

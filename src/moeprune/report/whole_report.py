@@ -7,26 +7,26 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from moeprune.report.document import Document, Figure, Section
-from moeprune.report.files import written_whole
-from moeprune.report.grid import Grid, find_grids
-from moeprune.report.grid_tables import grid_tables
-from moeprune.report.latex import latex_document
-from moeprune.report.markdown import markdown_document
-from moeprune.report.paired import paired_comparisons, paired_sentences, paired_table
-from moeprune.report.published_order import order_sentences
-from moeprune.report.published_results import PublishedExperiment, published_experiments
-from moeprune.report.published_tables import published_tables
-from moeprune.report.results import Run, load_runs
-from moeprune.report.run_tables import column_of
-from moeprune.report.seed_table import runs_of, seed_table
-from moeprune.report.seeds import Row, distinct, rows_of
-from moeprune.report.settings import setting_text
-from moeprune.report.sweep_table import methods_table
-from moeprune.report.tables import ROW_NAME, Cell, Column, Table, print_table
-from moeprune.report.takeaway import takeaway
-from moeprune.report.tidy_csv import write_tidy_csv
-from moeprune.report.times import run_times_table, stage_times_table
+from moeprune.report.documents.document import Document, Figure, Section
+from moeprune.report.documents.files import written_whole
+from moeprune.report.documents.latex import latex_document
+from moeprune.report.documents.markdown import markdown_document
+from moeprune.report.documents.tidy_csv import write_tidy_csv
+from moeprune.report.published.order import order_sentences
+from moeprune.report.published.results import PublishedExperiment, published_experiments
+from moeprune.report.published.tables import published_tables
+from moeprune.report.runs.grid import Grid, find_grids
+from moeprune.report.runs.paired import paired_comparisons, paired_sentences, paired_table
+from moeprune.report.runs.results import Run, load_runs
+from moeprune.report.runs.seeds import Row, distinct, rows_of
+from moeprune.report.runs.settings import setting_text
+from moeprune.report.tables.grid_tables import grid_tables
+from moeprune.report.tables.run_tables import column_of
+from moeprune.report.tables.seed_table import runs_of, seed_table
+from moeprune.report.tables.sweep_table import methods_table
+from moeprune.report.tables.table import ROW_NAME, Cell, Column, Table, print_table
+from moeprune.report.tables.takeaway import takeaway
+from moeprune.report.tables.times import run_times_table, stage_times_table
 
 EMBEDDED = "_embedded"
 NO_EXPERIMENT = "Runs"
@@ -55,7 +55,7 @@ def write_whole_report(directories: Sequence[Path], into: Path, console: Console
 
     Raises InputError where the directories hold no run.
     """
-    from moeprune.report.html.page import html_page  # with its template engine, which only this needs
+    from moeprune.report.documents.html.page import html_page  # with its template engine, which only this needs
 
     parts = parts_of(load_runs(directories))
     into.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ def _section(part: Part, into: Path) -> Section:
 
 def _figures(part: Part, grids: Sequence[Grid], into: Path) -> tuple[Figure, ...]:
     # Imported here: matplotlib is slow to load.
-    from moeprune.report.report_figures import (
+    from moeprune.report.figures.report_figures import (
         comparison_figures,
         diagnostics_figures,
         grid_figures,

@@ -29,7 +29,7 @@ def dry_run(sweep: Sweep, job_overrides: Sequence[Sequence[str]], first: int) ->
     # Everything heavy is imported only now.
     from moeprune.app.launching.planned import Planner
     from moeprune.app.terminal import quiet_libraries, terminal
-    from moeprune.report.dry_run import print_dry_run
+    from moeprune.report.tables.dry_run import print_dry_run
 
     quiet_libraries()
     planner, planned = Planner(), []

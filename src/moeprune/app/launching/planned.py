@@ -21,8 +21,8 @@ from moeprune.pipeline.identity import stage_key
 from moeprune.pipeline.order import RECOVER
 from moeprune.recovery.adapters import Adapters
 from moeprune.recovery.weights import AllWeights
-from moeprune.report.dry_run import MARGIN_GIB, PlannedJob
-from moeprune.report.footprint import GIBIBYTE, GPUS, MEBIBYTE, FootprintRow
+from moeprune.report.tables.dry_run import MARGIN_GIB, PlannedJob
+from moeprune.report.tables.footprint import GIBIBYTE, GPUS, MEBIBYTE, FootprintRow
 
 # A table of jobs says nothing of serving them.
 JUST_WEIGHTS = Deployed(context=1, batch=1, margin_gib=0)

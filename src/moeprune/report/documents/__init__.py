@@ -1,0 +1,1 @@
+"""A report, and the formats it is written in."""

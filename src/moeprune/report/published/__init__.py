@@ -1,0 +1,1 @@
+"""Published numbers, and what of ours stands beside them."""

@@ -1,0 +1,63 @@
+"""Which row of ours a printed row is to be held against: equal method, ratio, bits and settings."""
+
+from collections.abc import Sequence
+
+from moeprune.report.published.results import PublishedResult, published_results
+from moeprune.report.runs.seeds import Row
+from moeprune.report.runs.settings import configured, setting_text
+
+# 61.7% is 0.617 in print; 16 experts can express 62.5%.
+SAME_RATIO, ALIKE_RATIO = 0.001, 0.01
+EXPERTS_PER_TOKEN = "model.experts_per_token"
+# Of several of our quantizers with the same bits, the one whose bytes the paper's storage shows (Tab. R12).
+PUBLISHED_FOUR_BITS = "nf4_double"
+
+
+def printed_rows(table: str) -> list[PublishedResult]:
+    """The rows of a printed table by its name, such as ``Tab. R9``."""
+    return [row for row in published_results() if row.table == table]
+
+
+def joined(published: PublishedResult, rows: Sequence[Row], model: str, tolerance: float = SAME_RATIO) -> Row | None:
+    """Our row on ``model`` for a printed row; None where nothing of the kind was run."""
+    found = [
+        row
+        for row in rows
+        if row.model == model
+        and _same_method(published, row)
+        and _same_ratio(published, row, tolerance)
+        and _same_bits(published, row)
+        and _same_settings(published, row)
+    ]
+    found.sort(key=lambda row: (not row.runs, row.quantizer != PUBLISHED_FOUR_BITS))
+    return found[0] if found else None
+
+
+def _same_method(published: PublishedResult, row: Row) -> bool:
+    if published.is_dense or row.is_dense:
+        return published.is_dense and row.is_dense
+    methods = {setting_text(run, "method") or "none" for run in (*row.runs, *row.unfinished)}
+    if published.method in methods:
+        return True
+    # A table that varies one setting of the paper's method: our sweep of that setting need not name the method.
+    return bool(published.settings) and methods == {"none"}
+
+
+def _same_ratio(published: PublishedResult, row: Row, tolerance: float) -> bool:
+    ratio = published.likely_ratio
+    return ratio is not None and row.ratio is not None and abs(ratio - row.ratio) <= tolerance
+
+
+def _same_bits(published: PublishedResult, row: Row) -> bool:
+    if row.bits is None:  # not run yet
+        return row.quantizer is not None and published.bits < 16
+    return row.bits == published.bits
+
+
+def _same_settings(published: PublishedResult, row: Row) -> bool:
+    asked = dict(published.settings)
+    experts = asked.pop(EXPERTS_PER_TOKEN, None)
+    if row.experts_per_token != (None if experts is None else int(experts)):
+        return False
+    runs = (*row.runs, *row.unfinished)
+    return all(configured(run, key) == value for key, value in asked.items() for run in runs)

@@ -1,0 +1,1 @@
+"""What runs wrote, read and brought together over seeds."""

@@ -1,0 +1,166 @@
+"""What a sweep shows, in plain sentences."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from moeprune.report.runs.grid import Grid, GridPoint
+from moeprune.report.runs.measures import MEAN_PERPLEXITY
+from moeprune.report.runs.results import Metrics, Run
+from moeprune.report.runs.seeds import Rivals, Row, rows_of
+from moeprune.report.tables.formats import byte_unit, perplexity_text, ratio_text
+from moeprune.report.tables.grid_tables import grid_takeaway
+
+MANY_RIVALS = 6
+# Sizes up to this many times apart count as one.
+ABOUT = 1.02
+
+
+def takeaway(runs: Sequence[Run], grids: Sequence[Grid] = ()) -> str:
+    """Per model and setting (a ratio with a quantizer), what has the lowest mean perplexity beside its rivals.
+
+    Runs that differ in their seed alone are told as one, by their mean. Every setting is told, so that a method which
+    wins at one ratio and loses at another is not shown at its best only. Of settings with a single run that has its
+    place in a grid, the grid is told instead. Single entrants of one model that take about the same bytes, as different
+    ratios and quantizers under one budget do, are compared with each other.
+    """
+    entrants = [Entrant(row.method, row) for row in rows_of(runs) if row.runs and not row.is_dense]
+    rivals: dict[Rivals, list[Entrant]] = {}
+    for entrant in entrants:
+        if entrant.row.rivals is not None:
+            rivals.setdefault(entrant.row.rivals, []).append(entrant)
+    in_grids = {point.run for grid in grids for point in grid.points}
+    told = [group for group in rivals.values() if len(group) > 1 or not group[0].run_names & in_grids]
+    told, of_equal_bytes = _of_equal_bytes(told)
+    sentences = [
+        *map(grid_takeaway, grids), *map(_equal_bytes_takeaway, of_equal_bytes), *map(_setting_takeaway, told)
+    ]  # fmt: skip
+    references = [entrant.name for entrant in entrants if entrant.row.is_reference]
+    if references:
+        sentences.append(
+            f"Not compared, for they remove no channels and are as large as dense: {', '.join(references)}."
+        )
+    if unfinished := _told_together((run.status, run.name) for run in runs if not run.results):
+        sentences.append(f"Not compared, for want of results: {unfinished}.")
+    return "\n".join(sentences)
+
+
+def _told_together(pairs: Iterable[tuple[str, str]]) -> str:
+    """``run 2 (failed), runs 5, 6 (not started)`` from pairs of status and name."""
+    names_of: dict[str, list[str]] = {}
+    for status, name in pairs:
+        names_of.setdefault(status, []).append(name)
+    return ", ".join(f"run{'s' * (len(names) > 1)} {', '.join(names)} ({status})" for status, names in names_of.items())
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """Finished runs in the comparison that differ in their seed alone."""
+
+    method: str
+    row: Row
+
+    @property
+    def run_names(self) -> set[str]:
+        return {run.name for run in self.row.runs}
+
+    @property
+    def name(self) -> str:
+        count = len(self.row.runs)
+        return f"{self.method} ({f'mean of {count} runs' if count > 1 else f'run {self.row.runs[0].name}'})"
+
+    @property
+    def metrics(self) -> Metrics:
+        """Of its first run, for what all of them have in common."""
+        return self.row.results[0]
+
+    @property
+    def perplexity(self) -> float:
+        """Mean perplexity; one that is not a number ranks last, as infinite."""
+        found = self.row.spread(MEAN_PERPLEXITY.of)
+        return math.inf if found is None or math.isnan(found.mean) else found.mean
+
+
+def _of_equal_bytes(groups: Sequence[list[Entrant]]) -> tuple[list[list[Entrant]], list[list[Entrant]]]:
+    """The groups that stay as they are, and the single entrants of each model where their bytes are about equal."""
+    alone: dict[str, list[Entrant]] = {}
+    for group in groups:
+        if len(group) == 1:
+            alone.setdefault(group[0].row.model, []).append(group[0])
+    equal = [found for found in alone.values() if len(found) > 1 and _span(found)[1] <= ABOUT * _span(found)[0]]
+    gone = {id(entrant) for found in equal for entrant in found}
+    return [group for group in groups if id(group[0]) not in gone], equal
+
+
+def _span(entrants: Sequence[Entrant]) -> tuple[int, int]:
+    sizes = [entrant.metrics.final.bytes.with_overhead for entrant in entrants]
+    return min(sizes), max(sizes)
+
+
+def _equal_bytes_takeaway(entrants: Sequence[Entrant]) -> str:
+    unit_bytes, unit = byte_unit([entrants[0].metrics.dense.bytes.with_overhead])
+    least, most = (size / unit_bytes for size in _span(entrants))
+    named = [replace(each, method=GridPoint("", each.metrics).name) for each in entrants]
+    return _compared(named, f"{entrants[0].metrics.model} in {least:.2f} to {most:.2f} {unit}")
+
+
+def _setting_takeaway(entrants: Sequence[Entrant]) -> str:
+    metrics = entrants[0].metrics
+    quantized = "without quantizer" if metrics.quantizer == "none" else f"with quantizer {metrics.quantizer}"
+    experts = f" with {metrics.experts_per_token} experts per token" if metrics.experts_per_token else ""
+    return _compared(entrants, f"{metrics.model}{experts} at ratio {metrics.ratio:g} {quantized}")
+
+
+def _compared(entrants: Sequence[Entrant], where: str) -> str:
+    rivals = sorted(entrants, key=lambda entrant: entrant.perplexity)
+    best, metrics = rivals[0], rivals[0].metrics
+    if math.isinf(best.perplexity):
+        return f"{where}: no run has a finite mean perplexity."
+    to_dense = ratio_text(best.perplexity / metrics.dense.mean_perplexity)
+    lowest = f"{perplexity_text(best.perplexity)} ({to_dense} times dense)"
+    return f"{where}: {_standing(rivals, lowest)}. {_size(best)}."
+
+
+def _standing(rivals: Sequence[Entrant], lowest: str) -> str:
+    """Who has the lowest mean perplexity, who comes next (two of many) and who last; equal readings are level."""
+    best, count = rivals[0], _counted(rivals)
+    level = [rival for rival in rivals if perplexity_text(rival.perplexity) == perplexity_text(best.perplexity)]
+    behind = rivals[len(level) :]
+    if len(rivals) == 1:
+        return f"{best.name} is the only run, with mean perplexity {lowest}"
+    if not behind:
+        return f"all {count} have the same mean perplexity, {lowest}"
+    if len(level) == 1:
+        first = f"{best.name} has the lowest mean perplexity of {count}, {lowest}"
+    else:
+        shared = " and ".join(rival.name for rival in level)
+        first = f"{shared} share the lowest mean perplexity of {count}, {lowest}"
+    compared = f"{behind[0].name} follows with {_against(behind[0], best)}"
+    if len(rivals) > MANY_RIVALS and len(behind) > 2:
+        compared += f", then {behind[1].name} with {_against(behind[1], best)}"
+    if len(behind) > 1:
+        compared += f", and {behind[-1].name} is last with {_against(behind[-1], best)}"
+    return f"{first}; {compared}"
+
+
+def _counted(rivals: Sequence[Entrant]) -> str:
+    """How many are compared: runs, or rows of several runs each."""
+    return f"{len(rivals)} {'runs' if all(len(rival.row.runs) == 1 for rival in rivals) else 'rows'}"
+
+
+def _against(rival: Entrant, best: Entrant) -> str:
+    if math.isinf(rival.perplexity):
+        return "one that is not finite"
+    ratio = rival.perplexity / best.perplexity
+    higher = f"{100 * (ratio - 1):.1f}% higher" if ratio < 2 else f"{ratio_text(ratio)} times as high"
+    return f"{perplexity_text(rival.perplexity)} ({higher})"
+
+
+def _size(entrant: Entrant) -> str:
+    final, dense = entrant.metrics.final.bytes.with_overhead, entrant.metrics.dense.bytes.with_overhead
+    unit_bytes, unit = byte_unit([dense])
+    relation = f"{dense / final:.2f} times smaller" if final <= dense else f"{final / dense:.2f} times larger"
+    return (
+        f"{entrant.name} takes {final / unit_bytes:.2f} {unit} with overhead against {dense / unit_bytes:.2f} {unit} "
+        f"dense ({relation})"
+    )
