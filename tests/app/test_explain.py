@@ -44,6 +44,12 @@ def test_a_path_given_as_the_model_shows_the_command_that_was_meant():
     )
 
 
+def test_an_experiment_of_a_folder_is_named_with_it() -> None:
+    assert explanation_of("experiment=paper/main_tabel").startswith(
+        "experiment=paper/main_tabel does not exist.\nDid you mean: paper/main_table"
+    )
+
+
 def test_several_values_without_a_sweep_show_the_flag_for_one():
     assert explanation_of("ratio=0.25,0.5").endswith("Add --multirun to run several values.")
 

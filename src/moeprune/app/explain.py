@@ -21,7 +21,7 @@ def explained(
 ) -> MoepruneError | None:
     """The user's mistake behind ``error``, in a command of these words; None when it is not one."""
     if isinstance(error, MissingConfigException):
-        return _missing_choice(error)
+        return _missing_choice(error, config_folder)
     if isinstance(error, MissingMandatoryValue):
         return InputError(str(error).splitlines()[0], change="Give it on the command line as KEY=VALUE.")
     if isinstance(error, OverrideParseException):
@@ -40,7 +40,7 @@ def explained(
     return None
 
 
-def _missing_choice(error: MissingConfigException) -> MoepruneError:
+def _missing_choice(error: MissingConfigException, config_folder: Path) -> MoepruneError:
     asked = str(error.missing_cfg_file or "")
     group, _, choice = asked.rpartition("/")
     if asked.startswith("model/") and asked.count("/") > 1:
@@ -48,7 +48,12 @@ def _missing_choice(error: MissingConfigException) -> MoepruneError:
         return InputError(f"model={path} does not exist.", change=f"Use model=checkpoint model.path={path}")
     if not group or not error.options:
         return InputError(str(error).splitlines()[0])
-    return InputError(f"{group}={choice} does not exist.", possible=error.options, given=choice)
+    possible = list(error.options)
+    if group.startswith("experiment/"):  # the one group with folders, which Hydra does not look into
+        group, _, folder = group.partition("/")
+        choice = f"{folder}/{choice}"
+        possible += sorted(f"{folder}/{file.stem}" for file in (config_folder / group / folder).glob("*.yaml"))
+    return InputError(f"{group}={choice} does not exist.", possible=possible, given=choice)
 
 
 def _unknown_key(

@@ -49,7 +49,7 @@ class Speed:
                 took = try_out(lambda model=model: _seconds(model, self._prompts(model), self.new_tokens))  # type: ignore[misc]
                 if took is None:
                     raise InputError(
-                        f"{self.batch_size} prompts of {self.prompt_tokens} tokens do not fit in the memory of the GPU.",
+                        f"{self.batch_size} prompts of {self.prompt_tokens} tokens do not fit in GPU memory.",
                         change="Use a smaller evaluation.speed.batch_size, prompt_tokens or new_tokens.",
                     )
                 if repeat > 0:
