@@ -90,6 +90,11 @@ def deepseek_config() -> PreTrainedConfig:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What mostly waits for a cluster begins first, so that it is not what all others wait for in the end."""
+    items.sort(key=lambda item: item.path.parent.name != "slurm")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The planted models that tests make are not left in the home folder; matplotlib keeps its list of fonts there."""

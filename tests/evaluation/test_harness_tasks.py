@@ -167,6 +167,7 @@ def test_generated_code_does_not_run_without_permission(tiny_model, byte_tokeniz
 def test_a_task_that_writes_more_than_the_model_has_room_for_is_an_input_error(tiny_model, byte_tokenizer, code_metric):
     with pytest.raises(InputError, match="up to 1024 tokens; this one has room for 512"):
         score(tiny_model, byte_tokenizer, "humaneval", allowed=True)
+    assert PERMISSION not in os.environ
 
 
 @pytest.fixture

@@ -27,15 +27,28 @@ def test_each_model_has_positive_rates_and_says_what_was_measured_on_what(togeth
         assert speed["interleaved"] is together
 
 
+@pytest.mark.parametrize(("together", "groups"), [(True, [["dense", "pruned"]]), (False, [["dense"], ["pruned"]])])
+def test_models_that_do_not_fit_together_are_timed_apart(together, groups):
+    timed = []
+
+    def speed(models):
+        timed.append(list(models))
+        return {name: {} for name in models}
+
+    measure(speed, {"dense": object, "pruned": object}, together)
+    assert timed == groups
+
+
 @one_model
 def test_models_take_turns_after_a_warm_up(tiny_model, build_model, model_name):
-    order, seen = [], []
+    order, seen, remembers = [], [], []
     models = {"dense": tiny_model, "pruned": build_model(model_name, torch.float32)}
     for name, model in models.items():
 
-        def note(_module, arguments, _settings, name=name):
+        def note(_module, arguments, settings, name=name):
             order.append(name)
             seen.append(arguments[0].shape[1])
+            remembers.append(settings.get("past_key_values") is not None)
 
         model.register_forward_pre_hook(note, with_kwargs=True)
     FAST(models)
@@ -43,6 +56,7 @@ def test_models_take_turns_after_a_warm_up(tiny_model, build_model, model_name):
     assert len(order) == sum(one_turn)
     assert order[:8] == ["dense"] * 4 + ["pruned"] * 4
     assert seen[:4] == [6, 1, 1, 1]
+    assert remembers[:4] == [False, True, True, True]
 
 
 @one_model

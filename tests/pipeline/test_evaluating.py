@@ -77,6 +77,15 @@ def test_another_task_or_text_computes_that_one_only(experiment, walk, texts, tm
     assert set(result.variants["dense"]["perplexity"]) == {"numbers", "letters", "my text / 3"}
 
 
+def test_other_models_and_other_content_under_the_same_name_share_nothing(experiment, walk, texts, tmp_path):
+    (tmp_path / "letters").write_text("the end of the alphabet: u v w x y z\n" * 40)
+    other_text = TextFiles({**texts.files, "letters": str(tmp_path / "letters")})
+    base = experiment()
+    walked = [base, evaluating(base, source=other_text), experiment("deepseek_v2")]
+    found = [walk(each)[0].variants["dense"]["perplexity"]["letters"] for each in walked]
+    assert len(set(found)) == 3
+
+
 def test_what_is_known_loads_no_model(experiment, walk):
     base = evaluating(experiment(), tasks=["cloze", "copy"], task_items=4)
     walk(base)
