@@ -20,6 +20,8 @@ from moeprune.report.runs.paired import paired_comparisons, paired_sentences, pa
 from moeprune.report.runs.results import Run, load_runs
 from moeprune.report.runs.seeds import Row, distinct, rows_of
 from moeprune.report.runs.settings import setting_text
+from moeprune.report.runs.unquantized import with_unquantized
+from moeprune.report.summary import write_run_plots
 from moeprune.report.tables.grid_tables import grid_tables
 from moeprune.report.tables.run_tables import column_of
 from moeprune.report.tables.seed_table import runs_of, seed_table
@@ -35,11 +37,15 @@ FIGURES = "figures"
 
 @dataclass(frozen=True)
 class Part:
-    """The runs of one experiment as rows; ``replaced``: runs that were started again, and count no more."""
+    """The runs of one experiment as rows; ``replaced``: runs that were started again, and count no more.
+
+    ``measured``: the runs, and those with a quantizer once more as they were before it.
+    """
 
     name: str
     about: PublishedExperiment
     runs: tuple[Run, ...]
+    measured: tuple[Run, ...]
     rows: tuple[Row, ...]
     replaced: tuple[Run, ...]
 
@@ -90,7 +96,8 @@ def parts_of(runs: Sequence[Run]) -> list[Part]:
     parts = []
     for name in order:
         kept, replaced = distinct([run for run in runs if _experiment(run) == name])
-        parts.append(Part(name, _about(name), tuple(kept), tuple(rows_of(kept)), tuple(replaced)))
+        measured = with_unquantized(kept)
+        parts.append(Part(name, _about(name), tuple(kept), tuple(measured), tuple(rows_of(measured)), tuple(replaced)))
     return parts
 
 
@@ -142,7 +149,7 @@ def _section(part: Part, into: Path) -> Section:
     ]
     sentences = [
         part.about.question,
-        *takeaway(part.runs, grids).splitlines(),
+        *takeaway(part.measured, grids).splitlines(),
         *paired_sentences(comparisons),
         *order_sentences(part.about.tables, part.rows),
     ]
@@ -166,8 +173,11 @@ def _figures(part: Part, grids: Sequence[Grid], into: Path) -> tuple[Figure, ...
         *published_figures(part.about.tables, part.rows, folder),
     )
     of_model = {row.model: row.runs[0] for row in reversed(part.rows) if row.runs and not row.is_dense}
-    shown = [figure for _, run in sorted(of_model.items()) for figure in diagnostics_figures(run)]
-    return (*drawn, *shown)
+    shown = [run for _, run in sorted(of_model.items())]
+    for run in shown:  # the jobs of a sweep draw nothing by themselves
+        if run.results and not (run.folder / "kept_channels.png").exists():
+            write_run_plots(run.folder, run.results)
+    return (*drawn, *(figure for run in shown for figure in diagnostics_figures(run)))
 
 
 def _print(section: Section, console: Console) -> None:

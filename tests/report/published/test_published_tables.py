@@ -80,6 +80,13 @@ def test_settings_are_read_from_the_runs_own_config(tmp_path, write_run, width, 
     assert ("m=128" in found) is matches
 
 
+def test_a_number_of_channels_is_another_setting_on_another_model(tmp_path, write_run):
+    folder = write_run(tmp_path / "0", ratio=0.25, quantizer="nf4")
+    (folder / "config.yaml").write_text("model:\n  minimum_width: 64\n")
+    rows = rows_of(load_sweep(tmp_path))
+    assert not any(joined(row, rows, "tiny_qwen3_moe") for row in printed_rows("Tab. R5"))
+
+
 def test_routing_to_fewer_experts_is_another_model(tmp_path, write_run):
     settings = {"model": QWEN, "quantizer": "none", "tasks": PAPER_TASKS}
     for number, experts in enumerate((None, 1)):

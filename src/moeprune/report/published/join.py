@@ -9,6 +9,8 @@ from moeprune.report.runs.settings import configured, setting_text
 # 61.7% is 0.617 in print; 16 experts can express 62.5%.
 SAME_RATIO, ALIKE_RATIO = 0.001, 0.01
 EXPERTS_PER_TOKEN = "model.experts_per_token"
+# Numbers of channels, which on experts of another width are another setting.
+WIDTHS = ("model.minimum_width", "model.alignment")
 # Of several of our quantizers with the same bits, the one whose bytes the paper's storage shows (Tab. R12).
 PUBLISHED_FOUR_BITS = "nf4_double"
 
@@ -58,6 +60,8 @@ def _same_settings(published: PublishedResult, row: Row) -> bool:
     asked = dict(published.settings)
     experts = asked.pop(EXPERTS_PER_TOKEN, None)
     if row.experts_per_token != (None if experts is None else int(experts)):
+        return False
+    if row.model != published.model and any(key in asked for key in WIDTHS):
         return False
     runs = (*row.runs, *row.unfinished)
     return all(configured(run, key) == value for key, value in asked.items() for run in runs)

@@ -1,4 +1,4 @@
-"""Do the published methods come in the same order here? Counted over pairs of methods at equal ratio and bits."""
+"""Do the published methods come in the same order here? Counted over pairs of rows at equal ratio and bits."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -29,7 +29,7 @@ def _sentence(table: str, model: str, rows: Sequence[Row]) -> str | None:
     if not counts:
         return None
     return (
-        f"{table} against {model}: two printed methods at equal ratio and bits are in the printed order "
+        f"{table} against {model}: two printed rows at equal ratio and bits are in the printed order "
         f"{', '.join(counts)} pairs. Ties and doubtful rows are counted like all others."
     )
 

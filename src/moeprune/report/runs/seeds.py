@@ -117,8 +117,8 @@ def distinct(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
         before = chosen.get(key)
         if before is None or _precedence(run) >= _precedence(before):
             chosen[key] = run
-    kept = {run.folder for run in chosen.values()}
-    return [run for run in runs if run.folder in kept], [run for run in runs if run.folder not in kept]
+    kept = set(map(id, chosen.values()))
+    return [run for run in runs if id(run) in kept], [run for run in runs if id(run) not in kept]
 
 
 def _precedence(run: Run) -> tuple[bool, str]:
@@ -174,7 +174,7 @@ def _with_dense(rows: Sequence[Row]) -> Iterator[Row]:
     for row in rows:
         of_model.setdefault((row.model, row.experts_per_token), []).append(row)
     for (model, experts), found in sorted(of_model.items(), key=lambda item: item[0][0] == "?"):
-        runs = tuple(run for row in found for run in row.runs)
+        runs = tuple({run.folder: run for row in found for run in row.runs}.values())
         if runs:
             yield Row(model, experts, DENSE, 0.0, "none", runs)
         quantizers = list(dict.fromkeys(row.quantizer for row in found))

@@ -35,11 +35,9 @@ def takeaway(runs: Sequence[Run], grids: Sequence[Grid] = ()) -> str:
     sentences = [
         *map(grid_takeaway, grids), *map(_equal_bytes_takeaway, of_equal_bytes), *map(_setting_takeaway, told)
     ]  # fmt: skip
-    references = [entrant.name for entrant in entrants if entrant.row.is_reference]
+    references = dict.fromkeys(entrant.name for entrant in entrants if entrant.row.is_reference)
     if references:
-        sentences.append(
-            f"Not compared, for they remove no channels and are as large as dense: {', '.join(references)}."
-        )
+        sentences.append(f"Not compared, for they remove no channels: {', '.join(references)}.")
     if unfinished := _told_together((run.status, run.name) for run in runs if not run.results):
         sentences.append(f"Not compared, for want of results: {unfinished}.")
     return "\n".join(sentences)
