@@ -227,6 +227,16 @@ def test_on_a_telephone_only_the_tables_scroll_sideways(page, width):
     assert 0 <= left < 40  # it stays in sight
 
 
+def test_marks_beyond_the_edge_of_a_table_do_not_widen_the_page(page):
+    """Words that only a screen reader meets stand beside best values, out of the flow."""
+    page.execute_script(
+        "const cell = document.querySelector('tbody tr').lastElementChild;"
+        "cell.style.paddingLeft = '3000px'; cell.insertAdjacentHTML('beforeend', '<span class=\"unseen\">best</span>')"
+    )
+    wide, shown = settled(page, "[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+    assert wide == shown
+
+
 def test_paper_shows_light_figures_and_the_notes_in_full(page):
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     note = page.find_element(By.CSS_SELECTOR, ".notes .pop")
