@@ -93,4 +93,4 @@ def test_sentences_say_who_is_better_for_sure(tmp_path, write_run):
     write(tmp_path, write_run, {"moe_slimming": ours, "worse": worse, "better": better})
     (sentence,) = paired_sentences(paired_comparisons(rows_of(load_sweep(tmp_path))))
     assert "lower perplexity in 1 of 2 paired comparisons; 1 of these stay at p < 0.05" in sentence
-    assert sentence.endswith("Surely better than moe_slimming: better.")
+    assert sentence.endswith("By the same test better than moe_slimming: better.")

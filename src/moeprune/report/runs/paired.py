@@ -151,5 +151,5 @@ def paired_sentences(comparisons: Sequence[Comparison]) -> list[str]:
             f"{len(found)} paired comparisons; {sum(one in better for one in sure)} of these stay at p < "
             f"{SIGNIFICANT} after Holm's correction."
         )
-        sentences.append(f"{text} Surely better than {method}: {', '.join(worse)}." if worse else text)
+        sentences.append(f"{text} By the same test better than {method}: {', '.join(worse)}." if worse else text)
     return sentences
