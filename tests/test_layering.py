@@ -153,9 +153,3 @@ def test_a_wrong_import_is_caught(module, source):
 )
 def test_a_right_import_passes(module, source):
     assert wrong_imports(module, source) == []
-
-
-def test_no_two_test_files_have_the_same_name():
-    """pytest imports them by their names alone, and refuses the second."""
-    names = [file.name for file in Path(__file__).parent.rglob("test_*.py")]
-    assert sorted(names) == sorted(set(names))
