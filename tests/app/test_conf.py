@@ -9,6 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from some_jobs import each_value_once
 
 from moeprune.app.build import build_experiment, build_optional
 from moeprune.app.check import checked
@@ -26,8 +27,6 @@ def choice_of(file: Path) -> tuple[str, str]:
     group = EXPERIMENTS if EXPERIMENTS in file.parents else file.parent
     return group.relative_to(CONF).as_posix(), file.relative_to(group).with_suffix("").as_posix()
 
-
-CHOICES = [choice_of(file) for file in FILES if file.parent != CONF]
 
 each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONF)))
 
@@ -58,15 +57,9 @@ def every_point(overrides: list[str]) -> list[list[str]]:
     return [list(point) for point in itertools.product(*values)]
 
 
-def points_of_sweep(sweeper: DictConfig) -> list[list[str]]:
-    """Of the jobs of a sweep so many that each setting has each of its values at least once."""
-    jobs = jobs_of_grids(sweeper.params or {}, sweeper.get("grids"), [])
-    points: list[list[str]] = []
-    seen: set[str] = set()
-    while left := [job for job in jobs if set(job) - seen]:
-        points.append(max(left, key=lambda job: len(set(job) - seen)))
-        seen |= set(points[-1])
-    return points
+def without_hydra(config: DictConfig) -> DictConfig:
+    """What a job gets of it."""
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
 
 
 def assert_works(config: DictConfig) -> None:
@@ -77,12 +70,6 @@ def assert_works(config: DictConfig) -> None:
         build_optional("tracking", settings.tracking)
     except InputError as error:
         assert "Model path '/path/to/checkpoint' is not a folder" in str(error)
-
-
-@pytest.mark.parametrize(("group", "choice"), CHOICES)
-def test_every_choice_composes_and_is_the_one_that_was_made(group, choice):
-    config = compose("config", overrides=[f"{group}={choice}"], return_hydra_config=True)
-    assert config.hydra.runtime.choices[group] == choice
 
 
 @pytest.mark.parametrize("kind", ["rtn", "hqq", "gptq"])
@@ -109,7 +96,7 @@ def test_every_file_begins_with_a_command_that_uses_it(file):
 
 
 @each_file
-def test_the_command_of_every_file_works(file):
+def test_the_command_of_every_file_works_and_makes_its_choice(file):
     program, *words = command_of(file)
     overrides = [word for word in words if word != "--multirun"]
     if file.parent.name == "paper" and not file.stem.endswith("_embedded"):
@@ -120,10 +107,14 @@ def test_the_command_of_every_file_works(file):
         config = compose(program.removeprefix("moeprune-"), overrides=overrides)
         OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         return
+    made = set()
     for point in every_point(overrides):
         config = compose("config", overrides=point, return_hydra_config=True)
-        for inner in points_of_sweep(config.hydra.sweeper):
-            assert_works(compose("config", overrides=[*point, *inner]))
+        made |= set(config.hydra.runtime.choices.items())
+        sweeper = config.hydra.sweeper
+        for job in each_value_once(jobs_of_grids(sweeper.params or {}, sweeper.get("grids"), [])):
+            assert_works(compose("config", overrides=[*point, *job]) if job else without_hydra(config))
+    assert file.parent == CONF or choice_of(file) in made
 
 
 def test_the_default_is_a_run_that_works_and_the_demo_sweeps_two_models_and_three_methods():

@@ -4,10 +4,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from some_jobs import each_value_once
 
 from moeprune.app import grids
 from moeprune.app.launching import planned
 from moeprune.app.main import config_folder
+
+# On one worker: what one experiment computes, and what is known of the shape of a model, serves the others.
+pytestmark = pytest.mark.xdist_group("paper")
 
 PAPER = config_folder() / "experiment" / "paper"
 NAMES = sorted(file.stem for file in PAPER.glob("*.yaml"))
@@ -36,16 +40,6 @@ TRIED = {
     "recovery_embedded": "recovery=lora",
     "speed_embedded": "method=reap",
 }
-
-
-def each_value_once(jobs: list[list[str]]) -> list[list[str]]:
-    """So many of the jobs that each setting has each of its values at least once."""
-    chosen: list[list[str]] = []
-    seen: set[str] = set()
-    while left := [job for job in jobs if set(job) - seen]:
-        chosen.append(max(left, key=lambda job: len(set(job) - seen)))
-        seen |= set(chosen[-1])
-    return chosen
 
 
 @pytest.fixture
