@@ -145,3 +145,37 @@ def test_gradients_too_small_for_float16_are_refused_before_anything_is_computed
         in_half.check()
     for wider in ("bfloat16", "float32"):
         replace(base, model=replace(base.model, compute_dtype=wider)).check()
+
+
+@pytest.mark.parametrize("part", ["calibration", "evaluation", "training_data"])
+def test_sequences_longer_than_the_model_was_made_for_are_refused_before_anything_is_computed(experiment, part):
+    base = experiment()
+    context = base.model.context()
+    assert context == 512
+
+    def with_length(length):
+        if part == "training_data":
+            return replace(base, recovery=Recovering(Length(length)))
+        return replace(base, **{part: replace(getattr(base, part), sequence_length=length)})
+
+    with pytest.raises(InputError, match=rf"{part}\.sequence_length=513, but .* at most 512 tokens"):
+        with_length(513).check_on(base.model.shape(), context)
+    with_length(512).check_on(base.model.shape(), context)
+    with_length(513).check_on(base.model.shape(), None)  # a config that does not say
+    if part != "training_data":
+        with pytest.raises(InputError, match="513"):
+            with_length(513).check()
+
+
+@dataclass(frozen=True)
+class Length:
+    """Training data, as far as its length."""
+
+    sequence_length: int
+
+
+@dataclass(frozen=True)
+class Recovering:
+    """A recovery, as far as its data."""
+
+    data: Length

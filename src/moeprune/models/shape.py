@@ -161,6 +161,12 @@ def read_top_k(folder: Path) -> int | None:
     return _top_k(_text_config(folder))
 
 
+def read_context(folder: Path) -> int | None:
+    """How many tokens the model was made to see at once; None where the config does not say. Raises ModelError."""
+    context = _text_config(folder).get("max_position_embeddings")
+    return context if isinstance(context, int) else None
+
+
 def _top_k(config: dict) -> int | None:
     return next((config[key] for key in _TOP_K if key in config), None)
 

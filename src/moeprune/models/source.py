@@ -25,7 +25,7 @@ from moeprune.models.families import to_contract
 from moeprune.models.layers.stored import StoredTensor, stored_tensors
 from moeprune.models.layers.streaming import Model, skeleton, stream_compressed, stream_dense
 from moeprune.models.routing import send_to_experts
-from moeprune.models.shape import ExpertShape, local_folder, read_shape, read_top_k, weight_files
+from moeprune.models.shape import ExpertShape, local_folder, read_context, read_shape, read_top_k, weight_files
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +146,10 @@ class ModelSource:
     def shape(self) -> ExpertShape:
         """The shape of the experts, from the files' headers. Raises as `moeprune.models.shape.read_shape` does."""
         return read_shape(self.folder(), self.experts_per_token)
+
+    def context(self) -> int | None:
+        """Raises as `moeprune.models.shape.read_context` does."""
+        return read_context(self.folder())
 
     def load(self) -> Model:
         """The dense model for inference.

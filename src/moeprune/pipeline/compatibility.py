@@ -3,7 +3,7 @@
 Plug-ins say what they need and give by class variables; one that says nothing is taken to fit, and refuses by itself.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -71,6 +71,16 @@ def check_whole_model(scorer: object, streamed: bool) -> None:
             change="Use a scorer that goes layer by layer, such as scorer=attribution or scorer=camera, or, where the "
             "model and its gradients do fit, model.streaming=never.",
         )
+
+
+def check_lengths(asked: Mapping[str, int], context: int | None) -> None:
+    """Raise InputError for a sequence length, by the name of its setting, beyond the model's ``context``."""
+    for setting, length in asked.items():
+        if context is not None and length > context:
+            raise InputError(
+                f"{setting}={length}, but the model was made for at most {context} tokens at once.",
+                change=f"Use {setting}={context} or less.",
+            )
 
 
 def check_router_rows(allocator: Any, surgery: object, shape: ExpertShape, budget: Budget) -> None:

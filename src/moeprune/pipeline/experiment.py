@@ -18,7 +18,13 @@ from moeprune.models.layers.streaming import Model
 from moeprune.models.layers.workspace import Workspace
 from moeprune.models.shape import ExpertShape
 from moeprune.models.source import ModelSource
-from moeprune.pipeline.compatibility import check_compatible, check_passes, check_router_rows, check_whole_model
+from moeprune.pipeline.compatibility import (
+    check_compatible,
+    check_lengths,
+    check_passes,
+    check_router_rows,
+    check_whole_model,
+)
 from moeprune.pipeline.order import PRUNE, QUANTIZE, RECOVER, check_after_pruning, check_order, check_places
 from moeprune.surgery.cut import Cut
 from moeprune.surgery.prune import FinishedLayer
@@ -68,7 +74,7 @@ class Experiment:
         """The parts of the evaluation. Raises InputError, BudgetError or ModelError for what is bound to fail, before
         anything is computed."""
         _ = self.model.placement
-        self.check_on(self._shape())
+        self.check_on(self._shape(), self.model.context())
         check_after_pruning(self.after_pruning, self.model.folder())
         if any(getattr(wanted, "needs_whole_model", False) for wanted in self.passes):
             check_whole_model(self.scorer, self.model.streams())
@@ -84,12 +90,14 @@ class Experiment:
             check_recovery(tokenizer)
         return parts
 
-    def check_on(self, shape: ExpertShape) -> None:
-        """Raise InputError or BudgetError for what is bound to fail on experts of this shape; needs no checkpoint."""
+    def check_on(self, shape: ExpertShape, context: int | None) -> None:
+        """Raise InputError or BudgetError for what is bound to fail on experts of this shape, in a model that sees
+        ``context`` tokens at once; needs no checkpoint."""
         check_order(self.order)
         check_places(self.after_pruning)
         check_compatible(self.scorer, self.allocator, self.surgery)
         check_passes(self.passes, shape, self.model.computation_dtype)
+        check_lengths(self._lengths(), context)
         check_router_rows(self.allocator, self.surgery, shape, self.budget_on(shape))
 
     def budget(self) -> Budget:
@@ -107,6 +115,13 @@ class Experiment:
         if check is not None:
             check(budget)
         return budget
+
+    def _lengths(self) -> dict[str, int]:
+        """The sequence lengths by the names of their settings."""
+        data = getattr(self.recovery, "data", None)
+        users = {"calibration": self.calibration, "evaluation": self.evaluation, "training_data": data}
+        lengths = {name: getattr(user, "sequence_length", None) for name, user in users.items()}
+        return {f"{name}.sequence_length": length for name, length in lengths.items() if length is not None}
 
     def _shape(self) -> ExpertShape:
         return self.model.shape()

@@ -49,7 +49,7 @@ class Planner:
         build_optional("tracking", config.tracking)
         experiment = build_experiment(config)
         dense = self._unpruned(config, experiment)
-        experiment.check_on(dense.shape)
+        experiment.check_on(dense.shape, getattr(dense.model.config, "max_position_embeddings", None))
         tasks = [choice.name for choice in experiment.evaluation.task_choices if choice.name not in shipped_tasks()]
         for task in tasks:
             if runs_code(_harness_task(task)):
