@@ -7,7 +7,9 @@ from importlib.resources import files
 import pytest
 import torch
 
-from moeprune.evaluation.tasks import shipped_tasks, task_accuracies
+from moeprune.evaluation import tasks
+from moeprune.evaluation.task_choice import TaskChoice
+from moeprune.evaluation.tasks import shipped_tasks, task_accuracies, task_settings
 
 ITEMS = 5
 
@@ -51,3 +53,16 @@ def test_shipped_tasks_run_offline_and_agree_with_counting_by_hand(tiny_model, b
 @one_model
 def test_no_tasks_give_no_results(tiny_model, byte_tokenizer):
     assert task_accuracies(tiny_model, byte_tokenizer, [], items=None, batch_size=2) == {}
+
+
+def test_a_shipped_task_is_known_by_the_content_of_its_files(monkeypatch, tmp_path):
+    """A result that is kept is not that of another text of the examples; a task of lm-eval has its version."""
+    for file in tasks._tasks_folder().iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(tasks, "_tasks_folder", lambda: tmp_path)
+    before = {name: task_settings(TaskChoice(name), 8) for name in ("cloze", "copy", "piqa")}
+    with (tmp_path / "cloze.jsonl").open("a") as file:
+        file.write("\n")
+    after = {name: task_settings(TaskChoice(name), 8) for name in before}
+    assert {name for name in before if before[name] != after[name]} == {"cloze"}
+    assert "files" not in after["piqa"]

@@ -200,6 +200,11 @@ def test_results_do_not_depend_on_the_batch_size_and_survive_a_full_memory(
         "requests: 5 sequences at once do not fit in memory, going on with 2",
         "requests: 2 sequences at once do not fit in memory, going on with 1",
     ]
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert result(500) == expected
+    halved = [record.message for record in caplog.records if "do not fit" in record.message]
+    assert halved[0] == "requests: 8 sequences at once do not fit in memory, going on with 4"  # not 250
 
 
 @one_model

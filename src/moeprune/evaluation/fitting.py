@@ -60,13 +60,15 @@ def try_out(work: Callable[[], Result]) -> Result | None:
         return None
 
 
-def with_fitting_batches(asked: int | str, device: torch.device, what: str, work: Callable[[int], Result]) -> Result:
+def with_fitting_batches(
+    asked: int | str, device: torch.device, count: int, what: str, work: Callable[[int], Result]
+) -> Result:
     """``work(batch_size)`` with the asked batch size, or the first half, quarter, ... of it that fits in memory.
 
-    ``what`` names the work in the log. The result must not depend on the batch size. Raises InputError where not even
-    one sequence fits.
+    There are ``count`` sequences: no batch is larger. ``what`` names the work in the log. The result must not depend on
+    the batch size. Raises InputError where not even one sequence fits.
     """
-    size = first_batch_size(asked, device)
+    size = min(first_batch_size(asked, device), max(count, 1))
     while True:
         result = try_out(lambda size=size: work(size))  # type: ignore[misc]
         if result is not None:

@@ -62,7 +62,7 @@ class FittingLM(HFLM):
                 some = [requests[row] for row in rows]
                 found = try_out(lambda some=some: compute(some, disable_tqdm=True))  # type: ignore[misc]
                 if found is None:
-                    self.batch_size_per_gpu = half_of(self.batch_size, "requests")
+                    self.batch_size_per_gpu = half_of(min(self.batch_size, len(rows)), "requests")
                     continue
                 answers |= zip(rows, found, strict=True)
                 bar.update(len(rows))

@@ -20,7 +20,11 @@ def perplexity(model: Model, windows: TokenWindows, batch_size: int | str, name:
     """
     what = f"perplexity {name}"
     loss_sum, predicted = with_fitting_batches(
-        batch_size, devices_of(model)[0], what, lambda size: _loss(model, windows, size, what)
+        batch_size,
+        devices_of(model)[0],
+        len(windows.input_ids_NT),
+        what,
+        lambda size: _loss(model, windows, size, what),
     )
     if not math.isfinite(loss_sum):
         raise NumericalError(f"The loss on text {name!r} is {loss_sum}: the model computes NaN or infinity.")

@@ -63,7 +63,7 @@ class StreamedLM(FittingLM):
             for _, context, continuation in requests
         ]
         judge = partial(self._judge_all, answers)
-        with_fitting_batches(self.batch_size, self._streamed.devices[0], "requests", judge)
+        with_fitting_batches(self.batch_size, self._streamed.devices[0], len(answers), "requests", judge)
         return [(answer.log_probability, answer.is_greedy) for answer in answers]
 
     def _judge_all(self, answers: Sequence[_Answer], size: int) -> bool:

@@ -15,6 +15,7 @@ from moeprune.evaluation.seeding import SEED, seeded
 from moeprune.evaluation.task_checks import check_harness_task, load_harness_task, runs_code
 from moeprune.evaluation.task_choice import TaskChoice
 from moeprune.evaluation.task_files import find_task
+from moeprune.models.digest import file_digest
 from moeprune.models.layers.streaming import Model, StreamedModel
 
 # Only metrics that are no plain mean are bootstrapped.
@@ -41,7 +42,9 @@ def check_tasks(choices: Iterable[TaskChoice], run_generated_code: bool, streams
 
 def task_settings(choice: TaskChoice, items: int | None) -> dict[str, object]:
     """What a task's result depends on, but for the model; every metric is computed, whichever is chosen."""
-    settings = {"task": choice.name, "fewshot": choice.fewshot, "items": items}
+    settings: dict[str, object] = {"task": choice.name, "fewshot": choice.fewshot, "items": items}
+    if choice.name in shipped_tasks():
+        settings["files"] = [file_digest(file).hex() for file in _shipped_files(choice.name)]
     return {**settings, "lm_eval": version("lm_eval")}
 
 
@@ -134,20 +137,26 @@ def _language_model(model: Model, tokenizer: PreTrainedTokenizerBase, batch_size
     return kind(model, tokenizer, batch_size, limit)
 
 
-def _metrics(result: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, float]]]:
-    """Each value that lm-eval gives, with its standard error, NaN where it gives none."""
+def _metrics(result: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, float | None]]]:
+    """Each value that lm-eval gives, with its standard error, None where it gives none."""
     for name, value in result.items():
         metric, comma, kind = name.partition(",")
         if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
             stderr = result.get(f"{metric}_stderr,{kind}")
-            known = isinstance(stderr, (int, float))
-            yield name, {"value": float(value), "stderr": float(stderr) if known else math.nan}  # type: ignore[arg-type]
+            known = isinstance(stderr, (int, float)) and math.isfinite(stderr)
+            yield name, {"value": float(value), "stderr": float(stderr) if known else None}  # type: ignore[arg-type]
 
 
 def _shipped_config(task: str) -> dict[str, Any]:
-    config = yaml.safe_load((_tasks_folder() / f"{task}.yaml").read_text())
-    config["dataset_kwargs"] = {"data_files": {"test": str(_tasks_folder() / f"{task}.jsonl")}}
+    definition, examples = _shipped_files(task)
+    config = yaml.safe_load(definition.read_text())
+    config["dataset_kwargs"] = {"data_files": {"test": str(examples)}}
     return config
+
+
+def _shipped_files(task: str) -> tuple[Path, Path]:
+    """Its definition and its examples."""
+    return _tasks_folder() / f"{task}.yaml", _tasks_folder() / f"{task}.jsonl"
 
 
 def _tasks_folder() -> Path:

@@ -72,7 +72,7 @@ def test_a_task_without_a_standard_error_shows_its_accuracy_alone(tmp_path, writ
     folder = write_run(tmp_path / "0")
     metrics = json.loads((folder / "metrics.json").read_text())
     for variant in metrics["variants"]:
-        variant["tasks"]["word_order"]["stderr"] = math.nan
+        variant["tasks"]["word_order"]["stderr"] = None
     (folder / "metrics.json").write_text(json.dumps(metrics))
     assert texts(seed_table("T", rows_of(load_sweep(tmp_path)), tmp_path), "word_order\n%") == ["90.0", "83.0"]
 

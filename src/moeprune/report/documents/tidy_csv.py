@@ -64,12 +64,11 @@ def _line(name: str, row: Row, measure: Measure, published: Sequence[PublishedRe
 
 
 def _standard_error(row: Row, measure: Measure) -> float | None:
-    """In percent, like the accuracy itself; None where the harness gives none, which it writes as NaN."""
-    task = measure.name.removeprefix(ACCURACY)
-    if not row.results or (len(row.results) > 1 and not row.is_dense):
+    """In percent, like the accuracy itself; None where the harness gives none."""
+    if not row.results or (len(row.results) > 1 and not row.is_dense) or not measure.name.startswith(ACCURACY):
         return None
-    score = row.variant(row.results[0]).tasks.get(task)
-    return 100 * score.stderr if score and measure.name.startswith(ACCURACY) and score.stderr >= 0 else None
+    score = row.variant(row.results[0]).tasks.get(measure.name.removeprefix(ACCURACY))
+    return 100 * score.stderr if score and score.stderr is not None else None
 
 
 def _beside(row: Row, measure: Measure, published: Sequence[PublishedResult]) -> Iterator[tuple[str, object]]:

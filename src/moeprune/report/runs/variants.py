@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Accuracy on ``n`` examples with its standard error, both as fractions of 1.
+    """Accuracy on ``n`` examples with its standard error (None where the harness gives none), as fractions of 1.
 
     ``metric`` is the harness's name of what was scored (``acc,none``), ``fewshot`` the number of solved examples shown
     first; None in metrics of before they were written down.
     """
 
     accuracy: float
-    stderr: float
+    stderr: float | None
     n: int
     metric: str | None = None
     fewshot: int | None = None

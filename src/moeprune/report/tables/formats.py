@@ -26,7 +26,7 @@ def accuracy_text(score: TaskScore | None) -> str:
     if score is None:
         return MISSING
     percent = f"{100 * score.accuracy:.1f}"
-    return percent if math.isnan(score.stderr) else f"{percent} ± {100 * score.stderr:.1f}"
+    return percent if score.stderr is None else f"{percent} ± {100 * score.stderr:.1f}"
 
 
 def rate_text(rate: float) -> str:
