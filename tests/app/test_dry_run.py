@@ -54,7 +54,7 @@ def test_what_is_wrong_is_told_with_the_jobs_that_it_stops_after_the_table_of_th
     grids = "[{ratio: '0.5,2'},{scorer: reap, seed: '0,1'},{scorer: none_such},{recoverie: dora}]"
     outcome = here(*DRY, *tiny, f"hydra.sweeper.grids={grids}")
     assert outcome.code == 2
-    assert "1 jobs could run" in outcome.out
+    assert "1 job could run" in outcome.out
     assert "5 of 6 jobs could not run." in outcome.err
     assert "Job 1: ratio=2 " in outcome.err and "ratio=2.0 is not possible" in outcome.err
     assert "Job 2-3: scorer=reap seed=0" in outcome.err and "ranks whole experts only" in outcome.err
@@ -123,3 +123,16 @@ def test_activations_of_a_batch(build_model):
     assert batch.backward(checkpointing=False) == config.num_hidden_layers * layer + 2 * logits
     kept = config.num_hidden_layers * 10 * config.hidden_size * 2
     assert batch.backward(checkpointing=True) == kept + layer + 2 * logits
+
+
+def test_an_interruption_says_that_nothing_was_done_and_none_ends_without_a_count(here, tiny, monkeypatch):
+    outcome = here(*DRY, *tiny, "ratio=2,3")
+    assert outcome.code == 2 and "could run." not in outcome.out
+
+    def interrupt(*_args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moeprune.app.launching.planned.Planner.plan", interrupt)
+    outcome = here(*DRY, *tiny, "seed=0,1")
+    assert outcome.code == 130
+    assert outcome.err.splitlines()[-1] == "Interrupted. Nothing was run, and nothing written."

@@ -120,8 +120,9 @@ def _guarded(command: Callable[[], None], config_name: str) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         command()
-    except KeyboardInterrupt:
-        _stop("Interrupted. Finished stages are kept; the same command goes on from them.", INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        usual = "Interrupted. Finished stages are kept; the same command goes on from them."
+        _stop(str(interrupt) or usual, INTERRUPTED)
     except Exception as error:
         if not isinstance(error, MoepruneError):
             explanation = explained(error, config_folder(), config_name, sys.argv[1:])

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from hydra.core.utils import JobReturn
+from tqdm import tqdm
 
 from moeprune.app.explain import explained
 from moeprune.app.launching.compose import Sweep, compose_jobs
@@ -24,26 +25,30 @@ def require_grid(sweep: Sweep) -> None:
 def dry_run(sweep: Sweep, job_overrides: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
     """Print the table of these jobs, whose first has the number ``first``, and the stages that they would compute.
 
-    Raises InputError naming every job that could not run, after the table of the others.
+    Raises InputError naming every job that could not run, after the table of the others; a KeyboardInterrupt says what
+    was done.
     """
     # Everything heavy is imported only now.
     from moeprune.app.launching.planned import Planner
     from moeprune.app.terminal import quiet_libraries, terminal
-    from moeprune.report.tables.dry_run import print_dry_run
+    from moeprune.report.tables.dry_run import NOTHING_DONE, print_dry_run
 
     quiet_libraries()
     planner, planned = Planner(), []
     wrong: dict[str, list[tuple[int, Sequence[str]]]] = {}
     stages: set[tuple[str, str]] = set()
-    for number, overrides in enumerate(job_overrides, start=first):
-        try:
-            (job,) = compose_jobs(sweep, [overrides], number)
-            row, of_job = planner.plan(job)
-        except Exception as error:
-            wrong.setdefault(str(_said(error, overrides)), []).append((number, overrides))
-            continue
-        planned.append(row)
-        stages |= of_job
+    try:
+        for number, overrides in enumerate(tqdm(job_overrides, desc="checking", unit="job"), start=first):
+            try:
+                (job,) = compose_jobs(sweep, [overrides], number)
+                row, of_job = planner.plan(job)
+            except Exception as error:
+                wrong.setdefault(str(_said(error, overrides)), []).append((number, overrides))
+                continue
+            planned.append(row)
+            stages |= of_job
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(f"Interrupted. {NOTHING_DONE}") from interrupt
     print_dry_run(planned, Counter(stage for stage, _ in stages), terminal())
     if wrong:
         raise InputError(_told(wrong, len(job_overrides)))

@@ -14,6 +14,7 @@ from moeprune.report.tables.table import ROW_NAME, Cell, Column, Table, print_ta
 MARGIN_GIB = 2
 UNIT_BYTES = {"GB": 10**9, "GiB": 2**30}
 IDEAL_4 = "ideal_4"
+NOTHING_DONE = "Nothing was run, and nothing written."
 # The order of the road; passes come after the statistics.
 STAGES = ("calibration", "statistics", "pass", "pruned", "recovered", "quantized", "evaluation")
 
@@ -68,12 +69,12 @@ def print_dry_run(jobs: Sequence[PlannedJob], stages: Mapping[str, int], console
     """Print the table and how many stages of each kind all jobs compute together, where they share a cache."""
     if jobs:
         print_table(dry_run_table(jobs), console)
-    shown = ", ".join(
-        f"{count} {name}" for kind in STAGES for name, count in sorted(stages.items()) if name.split("/")[0] == kind
-    )
-    told = f"{len(jobs)} jobs could run. What they compute, each once where they share a cache: {shown or 'none'}."
-    console.print(told, soft_wrap=True)
-    console.print("Nothing was run, and nothing written.")
+        shown = ", ".join(
+            f"{count} {name}" for kind in STAGES for name, count in sorted(stages.items()) if name.split("/")[0] == kind
+        )
+        told = f"{len(jobs)} {'job' if len(jobs) == 1 else 'jobs'} could run."
+        console.print(f"{told} What they compute, each once where they share a cache: {shown}.", soft_wrap=True)
+    console.print(NOTHING_DONE)
 
 
 def _against_published(row: FootprintRow) -> Iterator[str]:
