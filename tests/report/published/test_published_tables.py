@@ -3,7 +3,7 @@
 import pytest
 
 from moeprune.report.published.join import joined, printed_rows
-from moeprune.report.published.order import order_sentences
+from moeprune.report.published.order import order_table
 from moeprune.report.published.tables import published_tables
 from moeprune.report.runs.results import load_sweep
 from moeprune.report.runs.seeds import rows_of
@@ -55,9 +55,11 @@ def test_on_another_model_directions_stand_beside_each_other(tmp_path, write_run
     assert points[place].number == pytest.approx(-100 * 0.1 * 4 * 0.375 * 0.75)  # over two tasks, one half as good
     assert points[place].runs == ("1",)
     assert points[0].note == "not among these runs"
-    (sentence,) = order_sentences(["Tab. R11"], rows)
+    order = order_table(["Tab. R9", "Tab. R11"], rows)  # of R9, nothing was run
     # Printed: ours 65.3, MoNE 60.5, He et al. 58.4; made up: MoNE is last.
-    assert "by mean perplexity in 2 of 3, by average accuracy in 2 of 3 pairs" in sentence
+    told = ["Tab. R11", "tiny_qwen3_moe", "2 of 3", "2 of 3"]
+    assert [[cell.text for cell in column.cells] for column in order.columns] == [[text] for text in told]
+    assert order_table(["Tab. R9"], rows) is None
 
 
 def test_points_to_dense_are_over_the_tasks_of_the_row(tmp_path, write_run):

@@ -7,31 +7,47 @@ from moeprune.report.published.join import ALIKE_RATIO, joined, printed_rows
 from moeprune.report.published.results import PublishedResult
 from moeprune.report.runs.measures import MEAN_PERPLEXITY, Measure, average_accuracy, tasks_of
 from moeprune.report.runs.seeds import Row
+from moeprune.report.tables.formats import MISSING
+from moeprune.report.tables.run_tables import column_of
+from moeprune.report.tables.table import ROW_NAME, Table
+
+PERPLEXITY, TASKS = "mean perplexity", "average accuracy"
 
 
-def order_sentences(tables: Sequence[str], rows: Sequence[Row]) -> list[str]:
-    """For each printed table and model of ours, in how many of its pairs of rows ours are in the same order."""
+def order_table(names: Sequence[str], rows: Sequence[Row]) -> Table | None:
+    """For each printed table and model of ours, in how many of its pairs of rows ours come in the same order; None
+    where no pair has both."""
     models = list(dict.fromkeys(row.model for row in rows if row.runs))
-    return [sentence for table in tables for model in models if (sentence := _sentence(table, model, rows))]
-
-
-def _sentence(table: str, model: str, rows: Sequence[Row]) -> str | None:
-    tasks = tasks_of([row for row in rows if row.model == model])
-    measures = {"mean perplexity": (MEAN_PERPLEXITY, -1)}
-    if tasks:
-        measures["average accuracy"] = (average_accuracy(tasks), 1)
-    counts = [
-        f"by {name} in {same} of {count}"
-        for name, (measure, sign) in measures.items()
-        for same, count in [_agreement(table, model, rows, measure, sign)]
-        if count
-    ]
-    if not counts:
+    lines = [(name, model, _counts(name, model, rows)) for name in names for model in models]
+    lines = [line for line in lines if any(count for _, count in line[2].values())]
+    if not lines:
         return None
-    return (
-        f"{table} against {model}: two printed rows at equal ratio and bits are in the printed order "
-        f"{', '.join(counts)} pairs. Ties and doubtful rows are counted like all others."
+    columns = [
+        column_of("printed table", (name for name, _, _ in lines), ROW_NAME),
+        column_of("our model", (model for _, model, _ in lines), ROW_NAME),
+        *(
+            column_of(f"in its order\nby {by}", (_told(*counts[by]) for _, _, counts in lines), "pairs")
+            for by in (PERPLEXITY, TASKS)
+        ),
+    ]
+    caption = (
+        "Pairs of printed rows of one model, at equal ratio and bits, of which ours come in the order of the printed "
+        "average accuracy. Ties and doubtful rows are counted like all others."
     )
+    return Table("Do the methods come in the printed order?", columns, caption)
+
+
+def _counts(table: str, model: str, rows: Sequence[Row]) -> dict[str, tuple[int, int]]:
+    """By what is compared: pairs in the same order, and all pairs."""
+    tasks = tasks_of([row for row in rows if row.model == model])
+    return {
+        PERPLEXITY: _agreement(table, model, rows, MEAN_PERPLEXITY, -1),
+        TASKS: _agreement(table, model, rows, average_accuracy(tasks), 1),
+    }
+
+
+def _told(same: int, count: int) -> str:
+    return f"{same} of {count}" if count else MISSING
 
 
 def _agreement(table: str, model: str, rows: Sequence[Row], measure: Measure, sign: int) -> tuple[int, int]:
