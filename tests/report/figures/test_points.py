@@ -14,7 +14,7 @@ def test_seeds_are_averaged_and_dense_rows_left_out(tmp_path, write_run):
     for seed in range(3):
         write_run(tmp_path / str(seed), seed=seed, harm=1.0 + seed / 10, ratio=0.5)
     write_run(tmp_path / "3", method="frequency", allocator="whole_experts", quantizer="none", ratio=0.5)
-    ours, theirs = compressed(rows_of(load_sweep(tmp_path)))
+    theirs, ours = compressed(rows_of(load_sweep(tmp_path)))  # the most bits come first
     assert (ours.perplexity.n, theirs.perplexity.n) == (3, 1)
     assert ours.perplexity.mean == 1.04 * (1 + 0.25 * 1.1)
     assert abs(bar_length(ours.perplexity) - 1.04 * 0.25 * 0.1) < 1e-12

@@ -12,7 +12,7 @@ EXPERTS_PER_TOKEN = "model.experts_per_token"
 # Numbers of channels, which on experts of another width are another setting.
 WIDTHS = ("model.minimum_width", "model.alignment")
 # Of several of our quantizers with the same bits, the one whose bytes the paper's storage shows (Tab. R12).
-PUBLISHED_FOUR_BITS = "nf4_double"
+PUBLISHED_QUANTIZER, PUBLISHED_BITS = "nf4_double", 4
 
 
 def printed_rows(table: str) -> list[PublishedResult]:
@@ -28,10 +28,10 @@ def joined(published: PublishedResult, rows: Sequence[Row], model: str, toleranc
         if row.model == model
         and _same_method(published, row)
         and _same_ratio(published, row, tolerance)
-        and _same_bits(published, row)
+        and _bits(row, rows) == published.bits
         and _same_settings(published, row)
     ]
-    found.sort(key=lambda row: (not row.runs, row.quantizer != PUBLISHED_FOUR_BITS))
+    found.sort(key=lambda row: (not row.runs, row.quantizer != PUBLISHED_QUANTIZER))
     return found[0] if found else None
 
 
@@ -50,10 +50,10 @@ def _same_ratio(published: PublishedResult, row: Row, tolerance: float) -> bool:
     return ratio is not None and row.ratio is not None and abs(ratio - row.ratio) <= tolerance
 
 
-def _same_bits(published: PublishedResult, row: Row) -> bool:
-    if row.bits is None:  # not run yet
-        return row.quantizer is not None and published.bits < 16
-    return row.bits == published.bits
+def _bits(row: Row, rows: Sequence[Row]) -> float | None:
+    """Of a row without results, those of its quantizer in another row."""
+    known = (one.bits for one in (row, *rows) if one.quantizer == row.quantizer and one.bits is not None)
+    return next(known, PUBLISHED_BITS if row.quantizer == PUBLISHED_QUANTIZER else None)
 
 
 def _same_settings(published: PublishedResult, row: Row) -> bool:

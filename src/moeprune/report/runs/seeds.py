@@ -177,8 +177,9 @@ def _with_dense(rows: Sequence[Row]) -> Iterator[Row]:
         runs = tuple({run.folder: run for row in found for run in row.runs}.values())
         if runs:
             yield Row(model, experts, DENSE, 0.0, "none", runs)
-        quantizers = list(dict.fromkeys(row.quantizer for row in found))
-        yield from sorted(found, key=lambda row: (row.ratio or 0.0, quantizers.index(row.quantizer)))
+        bits = {row.quantizer: row.bits for row in reversed(found) if row.bits is not None}
+        order = sorted(dict.fromkeys(row.quantizer for row in found), key=lambda name: -(bits.get(name) or 0))
+        yield from sorted(found, key=lambda row: (row.ratio or 0.0, order.index(row.quantizer)))
 
 
 def _by_seed(row: Row) -> Row:
