@@ -12,7 +12,7 @@ from moeprune.report.documents.files import written_whole
 from moeprune.report.documents.latex import latex_document
 from moeprune.report.documents.markdown import markdown_document
 from moeprune.report.documents.tidy_csv import write_tidy_csv
-from moeprune.report.published.order import order_sentences
+from moeprune.report.published.order import order_table
 from moeprune.report.published.results import PublishedExperiment, published_experiments
 from moeprune.report.published.tables import published_tables
 from moeprune.report.runs.grid import Grid, find_grids
@@ -28,7 +28,7 @@ from moeprune.report.tables.seed_table import runs_of, seed_table
 from moeprune.report.tables.sweep_table import methods_table
 from moeprune.report.tables.table import ROW_NAME, Cell, Column, Table, print_table
 from moeprune.report.tables.takeaway import takeaway
-from moeprune.report.tables.times import run_times_table, stage_times_table
+from moeprune.report.tables.times import stage_times_table
 
 EMBEDDED = "_embedded"
 NO_EXPERIMENT = "Runs"
@@ -146,12 +146,12 @@ def _section(part: Part, into: Path) -> Section:
         *filter(None, [methods_table(first_seeds), paired_table(comparisons, into)]),
         *(grid_tables(grids) if grids else []),
         *published_tables(part.about.tables, part.rows, into),
+        *filter(None, [order_table(part.about.tables, part.rows)]),
     ]
     sentences = [
         part.about.question,
         *takeaway(part.measured, grids).splitlines(),
         *paired_sentences(comparisons),
-        *order_sentences(part.about.tables, part.rows),
     ]
     return Section(title, tuple(filter(None, sentences)), tuple(tables), _figures(part, grids, into))
 
@@ -188,9 +188,9 @@ def _print(section: Section, console: Console) -> None:
 
 
 def _times(parts: Sequence[Part]) -> Section:
-    """Where the time of all runs went."""
+    """Where the time of all runs went; that of each run is in its own table.md, and in the sweep's sweep.md."""
     runs = [run for part in parts for run in part.runs]
-    tables = (stage_times_table(runs), run_times_table(runs)) if any(run.results for run in runs) else ()
+    tables = (stage_times_table(runs),) if any(run.results for run in runs) else ()
     return Section("Time", (), tables)
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from itertools import product
 
 import pytest
 
@@ -130,3 +132,21 @@ def test_single_runs_of_other_sizes_are_not_compared(tmp_path, write_run):
     write_run(tmp_path / "0", quantizer="rtn8")
     write_run(tmp_path / "1", quantizer="nf4")
     assert takeaway(load_sweep(tmp_path)).count("is the only run") == 2
+
+
+def test_what_holds_at_many_ratios_is_said_once(tmp_path, write_run):
+    harms = {"reap": 1.0, "mone": 2.0, "random": 4.0}
+    for number, (ratio, method, seed) in enumerate(product((0.25, 0.5, 0.75), harms, (0, 1))):
+        write_run(tmp_path / str(number), harm=harms[method], method=method, ratio=ratio, seed=seed, quantizer="none")
+    (text,) = takeaway(load_sweep(tmp_path)).splitlines()
+    assert text == (
+        "tiny_qwen3_moe without quantizer, at ratios 0.25, 0.5 and 0.75: reap has the lowest mean perplexity of 3 rows "
+        "(means of 2 runs) at each, 1.062, 1.250 and 1.562 times dense; mone follows with 1.059, 1.200 and 1.360 times "
+        "as much, and random is last with 1.176, 1.600 and 2.080 times as much."
+    )
+    for seed in (0, 1):  # the last is now the first, at one of the ratios
+        shutil.rmtree(tmp_path / f"{16 + seed}")
+        write_run(tmp_path / f"{16 + seed}", harm=0.5, method="random", ratio=0.75, seed=seed, quantizer="none")
+    assert [line.partition(":")[0] for line in takeaway(load_sweep(tmp_path)).splitlines()] == [
+        f"tiny_qwen3_moe at ratio {ratio} without quantizer" for ratio in (0.25, 0.5, 0.75)
+    ]

@@ -134,22 +134,30 @@ def _p_cell(p: float | None, reason: str) -> Cell:
 
 
 def paired_sentences(comparisons: Sequence[Comparison]) -> list[str]:
-    """Per method that is held against others: how often it is better, and how often that is more than chance."""
+    """Per method that is held against others: how often it is better, and how often that is more than chance; once for
+    all ratios of which the same is to be said."""
     groups: dict[tuple[object, str], list[Comparison]] = {}
     for one in comparisons:
         if one.adjusted is not None:
             groups.setdefault((one.ours.rivals, one.ours.method), []).append(one)
-    sentences = []
-    for (_, method), found in groups.items():
+    ratios: dict[tuple[str, str, str], list[str]] = {}
+    for found in groups.values():
         row = found[0].ours
-        better = [one for one in found if one.difference.mean < 0]
-        sure = [one for one in found if (one.adjusted or 0) < SIGNIFICANT]
-        worse = [one.other.method for one in sure if one.difference.mean > 0]
         quantized = "" if row.quantizer == "none" else f" with {row.quantizer}"
-        text = (
-            f"{row.model} at ratio {row.ratio:g}{quantized}: {method} has the lower perplexity in {len(better)} of "
-            f"{len(found)} paired comparisons; {sum(one in better for one in sure)} of these stay at p < "
-            f"{SIGNIFICANT} after Holm's correction."
-        )
-        sentences.append(f"{text} By the same test better than {method}: {', '.join(worse)}." if worse else text)
-    return sentences
+        ratios.setdefault((row.model, quantized, _verdict(found)), []).append(f"{row.ratio:g}")
+    return [
+        f"{model} at ratio{'s' * (len(at) > 1)} {', '.join(at)}{quantized}: {verdict}"
+        for (model, quantized, verdict), at in ratios.items()
+    ]
+
+
+def _verdict(found: Sequence[Comparison]) -> str:
+    method = found[0].ours.method
+    better = [one for one in found if one.difference.mean < 0]
+    sure = [one for one in found if (one.adjusted or 0) < SIGNIFICANT]
+    worse = [one.other.method for one in sure if one.difference.mean > 0]
+    text = (
+        f"{method} has the lower perplexity in {len(better)} of {len(found)} paired comparisons; "
+        f"{sum(one in better for one in sure)} of these stay at p < {SIGNIFICANT} after Holm's correction."
+    )
+    return f"{text} By the same test better than {method}: {', '.join(worse)}." if worse else text

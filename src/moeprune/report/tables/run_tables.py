@@ -154,8 +154,8 @@ def perplexity_meaning(metrics: Sequence[Metrics]) -> str:
     return f"Perplexity (ppl): lower is better; tokens: {tokens}; mean: geometric mean over the texts."
 
 
-def task_meaning(metrics: Sequence[Metrics]) -> str:
-    """How the tasks of these runs were scored; says so where there were none."""
+def task_meaning(metrics: Sequence[Metrics], deviation: str = "standard error") -> str:
+    """How the tasks of these runs were scored, and what stands after the ±; says so where there were none."""
     variants = [variant for each in metrics for variant in each.variants]
     examples = counts_text({task: score.n for task, score in variant.tasks.items()} for variant in variants)
     if not examples:
@@ -164,7 +164,7 @@ def task_meaning(metrics: Sequence[Metrics]) -> str:
         {task: score.fewshot for task, score in variant.tasks.items() if score.fewshot} for variant in variants
     )
     scored = {task: score.metric for variant in variants for task, score in variant.tasks.items() if score.metric}
-    sentences = [f"Tasks: accuracy in percent ± standard error; n: {examples}."]
+    sentences = [f"Tasks: accuracy in percent ± {deviation}; n: {examples}."]
     sentences += [f"Solved examples shown first: {shown}."] if shown else []
     if len(set(scored.values())) > 1:  # acc and acc_norm differ by many points
         sentences.append(f"Scored by {', '.join(f'{task} {metric}' for task, metric in scored.items())}.")

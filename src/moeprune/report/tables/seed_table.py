@@ -34,9 +34,10 @@ from moeprune.report.tables.table import ROW_NAME, Cell, Column, Table
 QUALITY, TASKS, SPEED = "perplexity and size", "tasks", "speed"
 NOT_MEASURED = "not measured in these runs"
 SPREAD_MEANING = (
-    "± over seeds: mean and sample standard deviation (of n - 1) over n runs, which differ in their seed alone; "
-    "perplexity: arithmetic mean over seeds of each run's geometric mean over texts."
+    "± over seeds: mean and sample standard deviation (of n - 1) over n runs, which differ in their seed alone."
 )
+OVER_SEEDS = "Over seeds: the arithmetic mean of that."
+TASK_DEVIATION = "deviation over seeds (of dense, and of a single run, standard error over the examples)"
 RANKS_MEANING = (
     "Bold: best of the rows of one model, ratio and quantizer; underlined: second best of three and more; deviations "
     "are ignored in this, and rows that remove nothing do not compete."
@@ -66,14 +67,14 @@ def seed_table(title: str, rows: Sequence[Row], into: Path) -> Table:
     if any(metrics.recovery_details for metrics in measured):
         columns += [_cost_column(head, rows, into) for head in RECOVERY_COSTS]
     size = f"{byte_unit_note(unit)}, with scales and unquantised tensors."
-    how = _how(rows, columns)
+    over_seeds, deviation = (f" {OVER_SEEDS}", [TASK_DEVIATION]) if seeds_vary(rows) else ("", [])
     captions = {
-        QUALITY: f"{how}{perplexity_meaning(measured)} {size}" if measured else "No run has results.",
-        TASKS: f"{task_meaning(measured)} Average: over all tasks shown; ± of a single run: of its n examples.",
+        QUALITY: f"{perplexity_meaning(measured)}{over_seeds} {size}" if measured else "No run has results.",
+        TASKS: f"{task_meaning(measured, *deviation)} Average: over all tasks shown.",
         RECOVERY: "Training tokens: those that count in the loss; seconds: mean over seeds.",
         SPEED: "Speed: tokens a second, as a multiple of the dense model's in the same run.",
     }
-    return Table(title, columns, _caption(rows), captions)
+    return Table(title, columns, _caption(rows, columns), captions)
 
 
 def name_columns(rows: Sequence[Row], into: Path) -> list[Column]:
@@ -171,7 +172,7 @@ def percent_text(percent: float) -> str:
     return f"{percent:.1f}"
 
 
-def _caption(rows: Sequence[Row]) -> str:
+def _caption(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     about = []
     for name, values in (
         ("model", {row.model for row in rows}),
@@ -182,10 +183,7 @@ def _caption(rows: Sequence[Row]) -> str:
     ):
         about.append(f"{name} {', '.join(sorted(values)) or 'unknown'}")
     settings = "; ".join(about)
-    return f"{settings[0].upper()}{settings[1:]}. Ratio: {RATIO_MEANING}."
-
-
-def _how(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    """What the signs in the cells mean."""
-    spreads = f"{SPREAD_MEANING} " if seeds_vary(rows) else ""
-    return spreads + (f"{RANKS_MEANING} " if any(cell.best for column in columns for cell in column.cells) else "")
+    sentences = [f"{settings[0].upper()}{settings[1:]}. Ratio: {RATIO_MEANING}."]
+    sentences += [SPREAD_MEANING] if seeds_vary(rows) else []
+    sentences += [RANKS_MEANING] if any(cell.best for column in columns for cell in column.cells) else []
+    return " ".join(sentences)

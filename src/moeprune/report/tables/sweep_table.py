@@ -152,7 +152,7 @@ def _size_column(rows: Sequence[Row], unit_bytes: int, unit: str) -> Column:
     for row in rows:
         dense = row.metrics.dense.bytes.with_overhead if row.metrics else None
         texts.append(bytes_text(row.variant.bytes.with_overhead if row.variant else None, dense, unit_bytes))
-    return Column(f"{unit} with\noverhead", _with_best(rows, texts, lowest=True), PERPLEXITY_AND_SIZE)
+    return column_of(f"{unit} with\noverhead", texts, PERPLEXITY_AND_SIZE)  # of one size, so it is no contest
 
 
 def _recovery_columns(rows: Sequence[Row]) -> list[Column]:

@@ -12,6 +12,8 @@ from moeprune.report.tables.formats import byte_unit, perplexity_text, ratio_tex
 from moeprune.report.tables.grid_tables import grid_takeaway
 
 MANY_RIVALS = 6
+# From so many ratios on, what holds at all of them is said once.
+MANY_RATIOS = 3
 # Sizes up to this many times apart count as one.
 ABOUT = 1.02
 
@@ -20,7 +22,8 @@ def takeaway(runs: Sequence[Run], grids: Sequence[Grid] = ()) -> str:
     """Per model and setting (a ratio with a quantizer), what has the lowest mean perplexity beside its rivals.
 
     Runs that differ in their seed alone are told as one, by their mean. Every setting is told, so that a method which
-    wins at one ratio and loses at another is not shown at its best only. Of settings with a single run that has its
+    wins at one ratio and loses at another is not shown at its best only; three ratios and more with the same methods
+    first, second and last share a sentence. Of settings with a single run that has its
     place in a grid, the grid is told instead. Single entrants of one model that take about the same bytes, as different
     ratios and quantizers under one budget do, are compared with each other.
     """
@@ -33,7 +36,7 @@ def takeaway(runs: Sequence[Run], grids: Sequence[Grid] = ()) -> str:
     told = [group for group in rivals.values() if len(group) > 1 or not group[0].run_names & in_grids]
     told, of_equal_bytes = _of_equal_bytes(told)
     sentences = [
-        *map(grid_takeaway, grids), *map(_equal_bytes_takeaway, of_equal_bytes), *map(_setting_takeaway, told)
+        *map(grid_takeaway, grids), *map(_equal_bytes_takeaway, of_equal_bytes), *map(_settings_takeaway, _alike(told))
     ]  # fmt: skip
     references = dict.fromkeys(entrant.name for entrant in entrants if entrant.row.is_reference)
     if references:
@@ -57,6 +60,7 @@ class Entrant:
 
     method: str
     row: Row
+    name_alone: bool = False
 
     @property
     def run_names(self) -> set[str]:
@@ -64,6 +68,8 @@ class Entrant:
 
     @property
     def name(self) -> str:
+        if self.name_alone:
+            return self.method
         count = len(self.row.runs)
         return f"{self.method} ({f'mean of {count} runs' if count > 1 else f'run {self.row.runs[0].name}'})"
 
@@ -102,15 +108,47 @@ def _equal_bytes_takeaway(entrants: Sequence[Entrant]) -> str:
     return _compared(named, f"{entrants[0].metrics.model} in {least:.2f} to {most:.2f} {unit}")
 
 
-def _setting_takeaway(entrants: Sequence[Entrant]) -> str:
-    metrics = entrants[0].metrics
+def _alike(groups: Sequence[list[Entrant]]) -> list[list[list[Entrant]]]:
+    """The groups, best entrants first; those that differ in their ratio and numbers alone together, where many do."""
+    found: dict[object, list[list[Entrant]]] = {}
+    for number, group in enumerate(groups):
+        rivals = sorted(group, key=lambda entrant: entrant.perplexity)
+        metrics, first = rivals[0].metrics, [perplexity_text(entrant.perplexity) for entrant in rivals[:2]]
+        runs = {len(entrant.row.runs) for entrant in rivals}
+        clear = len(rivals) > 2 and first[0] != first[1] and math.isfinite(rivals[-1].perplexity) and len(runs) == 1
+        places = tuple(rivals[place].method for place in (0, 1, -1)) if clear else number
+        of = metrics.model, metrics.experts_per_token, metrics.quantizer, len(rivals), frozenset(runs), places
+        found.setdefault(of, []).append(rivals)
+    return [
+        part for alike in found.values() for part in ([alike] if len(alike) >= MANY_RATIOS else ([g] for g in alike))
+    ]
+
+
+def _settings_takeaway(groups: Sequence[list[Entrant]]) -> str:
+    metrics = groups[0][0].metrics
     quantized = "without quantizer" if metrics.quantizer == "none" else f"with quantizer {metrics.quantizer}"
     experts = f" with {metrics.experts_per_token} experts per token" if metrics.experts_per_token else ""
-    return _compared(entrants, f"{metrics.model}{experts} at ratio {metrics.ratio:g} {quantized}")
+    if len(groups) == 1:
+        return _compared(groups[0], f"{metrics.model}{experts} at ratio {metrics.ratio:g} {quantized}")
+    ratios = _listed(f"{rivals[0].metrics.ratio:g}" for rivals in groups)
+    best, second, last = (groups[0][place].method for place in (0, 1, -1))
+    to_dense = (rivals[0].perplexity / rivals[0].metrics.dense.mean_perplexity for rivals in groups)
+    to_best = [[rivals[place].perplexity / rivals[0].perplexity for rivals in groups] for place in (1, -1)]
+    behind, least = (_listed(map(ratio_text, ratios_to_best)) for ratios_to_best in to_best)
+    return (
+        f"{metrics.model}{experts} {quantized}, at ratios {ratios}: {best} has the lowest mean perplexity of "
+        f"{_counted(groups[0])} at each, {_listed(map(ratio_text, to_dense))} times dense; {second} follows with "
+        f"{behind} times as much, and {last} is last with {least} times as much."
+    )
+
+
+def _listed(texts: Iterable[str]) -> str:
+    *most, last = texts
+    return f"{', '.join(most)} and {last}"
 
 
 def _compared(entrants: Sequence[Entrant], where: str) -> str:
-    rivals = sorted(entrants, key=lambda entrant: entrant.perplexity)
+    rivals = _named(sorted(entrants, key=lambda entrant: entrant.perplexity))
     best, metrics = rivals[0], rivals[0].metrics
     if math.isinf(best.perplexity):
         return f"{where}: no run has a finite mean perplexity."
@@ -119,13 +157,20 @@ def _compared(entrants: Sequence[Entrant], where: str) -> str:
     return f"{where}: {_standing(rivals, lowest)}. {_size(best)}."
 
 
+def _named(rivals: Sequence[Entrant]) -> list[Entrant]:
+    """By the method alone where all of several are means of as many runs, which `_counted` says once for all."""
+    counts = {len(rival.row.runs) for rival in rivals}
+    shared = len(rivals) > 1 and len(counts) == 1 and counts != {1}
+    return [replace(rival, name_alone=True) for rival in rivals] if shared else list(rivals)
+
+
 def _standing(rivals: Sequence[Entrant], lowest: str) -> str:
     """Who has the lowest mean perplexity, who comes next (two of many) and who last; equal readings are level."""
     best, count = rivals[0], _counted(rivals)
     level = [rival for rival in rivals if perplexity_text(rival.perplexity) == perplexity_text(best.perplexity)]
     behind = rivals[len(level) :]
     if len(rivals) == 1:
-        return f"{best.name} is the only run, with mean perplexity {lowest}"
+        return f"{best.name} is the only {'run' if len(best.row.runs) == 1 else 'row'}, with mean perplexity {lowest}"
     if not behind:
         return f"all {count} have the same mean perplexity, {lowest}"
     if len(level) == 1:
@@ -143,7 +188,10 @@ def _standing(rivals: Sequence[Entrant], lowest: str) -> str:
 
 def _counted(rivals: Sequence[Entrant]) -> str:
     """How many are compared: runs, or rows of several runs each."""
-    return f"{len(rivals)} {'runs' if all(len(rival.row.runs) == 1 for rival in rivals) else 'rows'}"
+    counts = {len(rival.row.runs) for rival in rivals}
+    if counts == {1}:
+        return f"{len(rivals)} runs"
+    return f"{len(rivals)} rows" + (f" (means of {counts.pop()} runs)" if len(counts) == 1 else "")
 
 
 def _against(rival: Entrant, best: Entrant) -> str:
