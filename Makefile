@@ -26,12 +26,11 @@ check: install
 install: $(VENV)/installed
 
 # torch comes first and by its exact version, so that pip takes the build this machine's index offers for it.
-# Python compiles what it imports; pip would compile everything, which takes as long as the rest of it.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (a few minutes, once) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --no-compile $$(grep '^torch==' constraints.txt)
-	@$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 wheel: install
