@@ -220,7 +220,7 @@ def test_an_impossible_budget_is_refused_before_anything_is_computed(experiment,
     ("change", "message"),
     [
         ({"source": TextFiles({"text": "/no/such/text"})}, "/no/such/text does not exist"),
-        ({"sequence_length": 10_000}, "does not fill one window"),
+        ({"sequence_length": 10_000}, r"evaluation\.sequence_length=10000, but .* at most 512 tokens"),
         ({"sequence_length": 2}, "leaves nothing to predict"),
         ({"tasks": ["word_ordr"]}, "Task 'word_ordr' does not exist"),
         ({"tasks": ["humaneval"]}, r"set evaluation\.run_generated_code=true"),
