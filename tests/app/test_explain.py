@@ -138,3 +138,10 @@ def test_known_keys_are_the_groups_and_the_settings():
     keys = known_keys(CONF, "config")
     assert {"model", "scorer", "experiment", "ratio", "seed", "cache_dir"} <= set(keys)
     assert not {"hydra", "defaults", "_self_"} & set(keys)
+
+
+def test_a_setting_of_another_choice_names_the_choices_that_have_it_and_what_a_sweep_over_several_needs():
+    asked, change = explanation_of("recovery=none", "recovery.training.epochs=1").splitlines()
+    assert asked.startswith("recovery.training.epochs is not a setting of the recovery that is chosen")
+    assert "recovery.training is there in recovery=distill, dora, full, lora, router_only." in change
+    assert change.endswith("write ++recovery.training.epochs=VALUE.")

@@ -69,8 +69,15 @@ def _unknown_key(
     known = known_keys(config_folder, config_name)
     group = asked.split(".")[0]
     if "." in asked and group in known:
-        inside = _keys_of_group(config_folder / group)
-        return InputError(f"{asked} is not a setting of any {group}.", possible=inside, given=asked)
+        inside = _holders_of_keys(config_folder / group)
+        setting = ".".join(asked.split(".")[:2])
+        if setting in inside:
+            return InputError(
+                f"{asked} is not a setting of the {group} that is chosen, in this job at least.",
+                change=f"{setting} is there in {group}={', '.join(inside[setting])}. In a sweep that has others too, "
+                f"write ++{asked}=VALUE.",
+            )
+        return InputError(f"{asked} is not a setting of any {group}.", possible=sorted(inside), given=asked)
     return InputError(f"{asked} is neither a group nor a setting.", possible=known, given=asked)
 
 
@@ -95,10 +102,10 @@ def _unknown_to_hydra(asked: str, folder: Path, words: Sequence[str]) -> Moeprun
 
 def _settings_of(file: Path) -> list[str]:
     """The settings of one choice, and of the choices that it begins with."""
-    content = yaml.safe_load(file.read_text())
-    bases = [base for base in content.pop("defaults", ()) if base != "_self_"]
+    content = yaml.safe_load(file.read_text()) or {}
+    bases = [base for base in content.pop("defaults", ()) if isinstance(base, str) and base != "_self_"]
     inherited = [name for base in bases for name in _settings_of(file.with_name(f"{base}.yaml"))]
-    return list(dict.fromkeys([*inherited, *(name for name in content if name != "_target_")]))
+    return list(dict.fromkeys([*inherited, *(name for name in content if name not in ("_target_", "hydra"))]))
 
 
 def known_keys(config_folder: Path, config_name: str) -> list[str]:
@@ -108,9 +115,10 @@ def known_keys(config_folder: Path, config_name: str) -> list[str]:
     return groups + [key for key in primary if key not in ("defaults", "hydra")]
 
 
-def _keys_of_group(folder: Path) -> list[str]:
-    keys: set[str] = set()
-    for file in folder.glob("*.yaml"):
-        content = yaml.safe_load(file.read_text()) or {}
-        keys.update(f"{folder.name}.{key}" for key in content if key not in ("defaults", "_target_", "hydra"))
-    return sorted(keys)
+def _holders_of_keys(folder: Path) -> dict[str, list[str]]:
+    """The settings of a group by their dotted names, each with the choices that have it."""
+    keys: dict[str, list[str]] = {}
+    for file in sorted(folder.glob("*.yaml")):
+        for name in _settings_of(file):
+            keys.setdefault(f"{folder.name}.{name}", []).append(file.stem)
+    return keys
