@@ -255,3 +255,13 @@ def test_a_search_that_stops_before_its_objective_is_refused_before_a_job_runs(h
     assert outcome.code == 2
     assert "until=score leaves a search nothing to compare" in outcome.err
     assert not outcome.manifests
+
+
+@pytest.mark.parametrize(
+    ("experiment", "given"), [("paper/granularity_embedded", ["ratio=0.5"]), ("paper/main_table_embedded", [])]
+)
+def test_a_sweep_without_multirun_is_refused_with_what_its_jobs_set(here, experiment, given):
+    outcome = here(f"experiment={experiment}", *given)
+    assert outcome.code == 2 and not outcome.manifests
+    assert f"experiment={experiment} is a sweep over method" in outcome.err
+    assert "Add --multirun, or for a single run of it also give method" in outcome.err

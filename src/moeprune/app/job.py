@@ -34,6 +34,8 @@ def run_job(config: DictConfig) -> float | None:
     run_dir, in_sweep = Path(hydra.runtime.output_dir), hydra.mode is RunMode.MULTIRUN
     if not in_sweep and (launcher := hydra.runtime.choices["hydra/launcher"]) != "basic":
         raise InputError(f"hydra/launcher={launcher} starts the jobs of a sweep.", change="Add --multirun.")
+    if not in_sweep:
+        _require_whole(hydra)
     choices = {name: hydra.runtime.choices.get(name) for name in REPORTED_CHOICES}
     sweep = "-".join(Path(hydra.sweep.dir).resolve().parts[-2:]) if in_sweep else None
     with ExitStack() as tracking:
@@ -49,6 +51,18 @@ def run_job(config: DictConfig) -> float | None:
             _write_report(run_dir, quiet=in_sweep, with_plots=tracked.is_open or not in_sweep)
             tracked.log_results(metrics)
     return found
+
+
+def _require_whole(hydra: Any) -> None:
+    """Raise InputError for a single run of an experiment that is a sweep: it would lack what the jobs set."""
+    sweeper = hydra.sweeper
+    swept = {str(key) for part in (sweeper.get("params"), *(sweeper.get("grids") or ())) for key in part or ()}
+    given = {word.lstrip("+").partition("=")[0] for word in hydra.overrides.task}
+    if unset := sorted(swept - given):
+        raise InputError(
+            f"experiment={hydra.runtime.choices.get('experiment')} is a sweep over {', '.join(sorted(swept))}.",
+            change=f"Add --multirun, or for a single run of it also give {', '.join(unset)}.",
+        )
 
 
 def _tracked(
