@@ -140,3 +140,20 @@ def test_a_data_set_that_cannot_be_reached_says_what_to_do_without_a_connection(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"(?s)owner/name cannot be had.*HF_HOME.*records\.path"):
         RecordSource("owner/name").read()
+
+
+def test_files_that_are_not_streamed_are_kept_whole_and_are_the_same_records(tmp_path, monkeypatch):
+    """Streaming leaves nothing for a machine without a connection."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "part.jsonl").write_text("\n".join(json.dumps({"text": str(n)}) for n in range(9)))
+    loaded, load = [], datasets.load_dataset
+
+    def load_dataset(*arguments, **settings):
+        loaded.append(settings["streaming"])
+        return load(*arguments, **settings, cache_dir=tmp_path / "cache")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    streamed, kept = (RecordSource(str(tmp_path / "data"), first=3, stream=stream) for stream in (True, False))
+    assert list(streamed.read()) == list(kept.read()) == [{"text": "0"}, {"text": "1"}, {"text": "2"}]
+    assert loaded == [True, False]
+    assert streamed.identity() == kept.identity()

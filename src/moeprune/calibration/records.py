@@ -22,8 +22,9 @@ class RecordSource:
     A file is ``.json`` with one list of objects, or ``.jsonl`` with an object per line; it can stand in for a data set
     where there is no connection. Of a data set: ``subset`` is its configuration, where it has several; ``files`` a
     pattern, where only some of its files are wanted (they are the split "train"); ``revision`` a commit, without which
-    the newest is taken. With ``first`` only so many records are read, in the order of the files, and no more than
-    these are downloaded; without it the whole split is, once.
+    the newest is taken, and a cached result is not known to be of an older one. With ``first`` only so many records are
+    read, in the order of the files; with ``stream`` no more than these are downloaded, and nothing is kept of them,
+    else the files are, whole and once, so that a machine without a connection finds them.
 
     Raises InputError for ``first`` below 1.
     """
@@ -34,6 +35,7 @@ class RecordSource:
     files: str | None = None
     revision: str | None = None
     first: int | None = None
+    stream: bool = True
 
     def __post_init__(self) -> None:
         if self.first is not None:
@@ -51,7 +53,7 @@ class RecordSource:
         if self._is_file():
             content = hashlib.sha256(self._text().encode()).hexdigest()
             return {"suffix": Path(self.path).suffix, "content": content, "first": self.first}
-        settings = asdict(self)
+        settings = {name: value for name, value in asdict(self).items() if name != "stream"}  # the records are the same
         if Path(self.path).is_dir():
             settings["path"] = self._folder_digest()
         return settings
@@ -64,6 +66,7 @@ class RecordSource:
             raise InputError(f"{self.path} is no .json or .jsonl file.", change="Give the path of one, or a hub name.")
         import datasets  # takes seconds, and most runs do not need it
 
+        streams = self.stream and self.first is not None
         try:
             records: Any = datasets.load_dataset(
                 self.path,
@@ -71,13 +74,14 @@ class RecordSource:
                 split=self.split,
                 data_files=self.files,
                 revision=self.revision,
-                streaming=self.first is not None,
+                streaming=streams,
             )
             return records if self.first is None else list(records.take(self.first))
         except Exception as error:  # the library raises a dozen kinds
+            kept = "records.stream=false and HF_HOME" if streams else "HF_HOME"
             raise InputError(
                 f"The data set {self.path} cannot be had: {error}",
-                change="Check the name and the connection. Without one, set HF_HOME to a cache that holds it, or "
+                change=f"Check the name and the connection. Without one, set {kept} to a cache that holds it, or "
                 "records.path to a .json or .jsonl file of its records or to a folder with a copy of it.",
             ) from error
 
