@@ -104,8 +104,6 @@ def _export_job(config: DictConfig) -> None:
 def _run_command(job: Callable[[DictConfig], float | None], config_name: str) -> None:
     # Hydra would print its own errors and hide ours; with this it raises them, and they are explained below.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    # Hydra has a launcher and a sweeper of this name too; ours take their places, in this program only.
-    warnings.filterwarnings("ignore", message=r"\s*'hydra/\w+/basic' is validated against ConfigStore schema")
     # Threads that spin while they wait slow each other down many times over on a CPU that is shared with other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not sys.stderr.isatty():
@@ -118,6 +116,8 @@ def _guarded(command: Callable[[], None], config_name: str) -> None:
     """Run ``command``; what the user can mend ends it with one message and an exit code."""
     # A cluster or `timeout` ends a job with SIGTERM: the manifest is to say so, as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Hydra has a launcher and a sweeper of this name too; ours take their places, in this program only.
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/\w+/basic' is validated against ConfigStore schema")
     try:
         command()
     except KeyboardInterrupt as interrupt:

@@ -26,8 +26,8 @@ NO_DENSE = "this table has no dense row"
 DOUBT_MEANING = f"{DAGGER}: the printed row is doubtful, as the note says."
 OURS_MEANING = (
     "Beside it ours on another model, where method, bits and settings are equal and the ratio within "
-    f"{100 * ALIKE_RATIO:g} point: over our own tasks and texts and relative to our own dense model, so that "
-    "directions and order can be compared, not sizes."
+    f"{100 * ALIKE_RATIO:g} point: over our own tasks and texts, with our own recovery or none, and relative to our "
+    "own dense model, so that directions and order can be compared, not sizes."
 )
 AVERAGES, TASKS, PUBLISHED = "averages", "tasks", "published"
 
@@ -66,7 +66,8 @@ def _absolute(name: str, printed: Sequence[PublishedResult], rows: Sequence[Row]
         AVERAGES: (
             "Beside it ours, where model, method, ratio, bits and settings are equal. Accuracy in percent, difference "
             "in points, ours minus published; averages are over the tasks of the printed row, and their difference is "
-            "to the mean of its printed tasks. Recovery, calibration text and version of the harness need not be ours. "
+            "to the mean of its printed tasks. Recovery, calibration text and version of the harness need not be ours; "
+            "which of a task's metrics (acc, acc_norm) is printed, the tables do not say. "
             "How storage was counted: docs/footprint.md."
         )
     }
