@@ -74,11 +74,11 @@ def test_the_csv_is_tidy_and_traceable(sweep, monkeypatch):
     keys = [(row["method"], row["measure"]) for row in rows]
     assert len(set(keys)) == len(keys)
     ours = next(row for row in rows if (row["method"], row["measure"]) == ("moe_slimming", "mean_perplexity"))
-    assert (ours["n"], ours["seeds"], ours["runs"], ours["bits"]) == ("3", "0 1 2", "0 1 2", "16.0")
+    assert (ours["n"], ours["seeds"], ours["runs"], ours["bits"]) == ("3", "0 1 2", "0; 1; 2", "16.0")
     values = [25 * (1 + harm * 0.375**2) for harm in (1.0, 1.1, 1.3)]
     assert float(ours["mean"]) == pytest.approx(sum(values) / 3)
     theirs = next(row for row in rows if (row["method"], row["measure"]) == ("he_layerwise", "mean_perplexity"))
-    assert (theirs["n"], theirs["std"], theirs["runs"]) == ("1", "", "6 7 8")
+    assert (theirs["n"], theirs["std"], theirs["runs"]) == ("1", "", "6; 7; 8")
 
 
 def test_published_numbers_are_in_the_csv(tmp_path, write_run, monkeypatch):

@@ -53,7 +53,7 @@ def write_run_plots(run_dir: Path, metrics: Metrics) -> list[Path]:
             write_diagnostics_plots,  # see below: matplotlib is slow to load
         )
 
-        written += write_diagnostics_plots(run_dir / "diagnostics.json")
+        written += write_diagnostics_plots(run_dir / "diagnostics.json", run_dir)
     if (run_dir / "loss_curve.jsonl").exists():
         from moeprune.report.figures.loss_curve import write_loss_curve_plot
 

@@ -1,5 +1,7 @@
 """The report over any runs: found, sorted by experiment, aggregated over seeds, and written in every format."""
 
+import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,6 @@ from moeprune.report.runs.results import Run, load_runs
 from moeprune.report.runs.seeds import Row, distinct, rows_of
 from moeprune.report.runs.settings import setting_text
 from moeprune.report.runs.unquantized import with_unquantized
-from moeprune.report.summary import write_run_plots
 from moeprune.report.tables.grid_tables import grid_tables
 from moeprune.report.tables.run_tables import column_of
 from moeprune.report.tables.seed_table import runs_of, seed_table
@@ -51,8 +52,13 @@ class Part:
 
     @property
     def slug(self) -> str:
-        """What its figures are named by."""
-        return self.name.replace("/", "_") or "runs"
+        """What the folder of its figures is called; a name of other characters has a digest, to be told apart."""
+        if not self.name:
+            return "runs"
+        plain = re.sub(r"[^A-Za-z0-9_.-]", "_", self.name)
+        if re.fullmatch(r"(paper/)?[A-Za-z0-9_-]+", self.name) and self.name != "runs":
+            return plain
+        return f"{plain}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
 
 
 def write_whole_report(directories: Sequence[Path], into: Path, console: Console) -> list[Path]:
@@ -174,10 +180,7 @@ def _figures(part: Part, grids: Sequence[Grid], into: Path) -> tuple[Figure, ...
     )
     of_model = {row.model: row.runs[0] for row in reversed(part.rows) if row.runs and not row.is_dense}
     shown = [run for _, run in sorted(of_model.items())]
-    for run in shown:  # the jobs of a sweep draw nothing by themselves
-        if run.results and not (run.folder / "kept_channels.png").exists():
-            write_run_plots(run.folder, run.results)
-    return (*drawn, *(figure for run in shown for figure in diagnostics_figures(run)))
+    return (*drawn, *(figure for run in shown for figure in diagnostics_figures(run, folder)))
 
 
 def _print(section: Section, console: Console) -> None:

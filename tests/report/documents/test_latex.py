@@ -62,3 +62,7 @@ def test_a_long_table_goes_on_on_the_next_page():
     assert text.count("(continued)") == 2
     assert text.count("Ratio: what was removed.") == 1
     assert text.count("row 99") == 1
+
+
+def test_letters_that_the_usual_fonts_lack_become_question_marks():
+    assert latex_text("Łódź ħ ŉ ä") == "Łódź ? ? ä"

@@ -26,7 +26,7 @@ def path(tmp_path, made_up_diagnostics):
 
 def test_each_figure_is_written_as_png_and_svg(path):
     names = ("kept_channels", "kept_widths", "router_entropy", "score_concentration")
-    written = write_diagnostics_plots(path)
+    written = write_diagnostics_plots(path, path.parent)
     assert [file.name for file in written] == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in written[::2])
     assert all(b"<svg" in file.read_bytes()[:1000] for file in written[1::2])

@@ -52,13 +52,17 @@ def test_nothing_measured_is_nothing_drawn(tmp_path, write_run):
     assert comparison_figures(rows_of(load_sweep(tmp_path)), tmp_path) == ()
 
 
-def test_diagnostics_of_a_run_come_from_its_folder(tmp_path, write_run):
-    folder = write_run(tmp_path / "0")
-    for name in ("router_entropy.svg", "router_entropy.png", "kept_channels.svg"):
-        (folder / name).write_bytes(b"")
+def test_diagnostics_of_a_run_are_drawn_into_the_report(tmp_path, write_run, made_up_diagnostics):
+    folder, into = write_run(tmp_path / "0"), tmp_path / "figures"
+    into.mkdir()
     (run,) = load_sweep(tmp_path)
-    (figure,) = diagnostics_figures(run)
-    assert figure.title == "Router entropy: tiny_qwen3_moe" and figure.files[0] == folder / "router_entropy.svg"
+    assert diagnostics_figures(run, into) == ()
+    (folder / "diagnostics.json").write_text(json.dumps(made_up_diagnostics))
+    before = sorted(folder.iterdir())
+    titles = [figure.title for figure in diagnostics_figures(run, into)]
+    assert "Router entropy: tiny_qwen3_moe" in titles and "Kept channels: tiny_qwen3_moe" in titles
+    assert (into / "tiny_qwen3_moe" / "router_entropy.svg").stat().st_size > 0
+    assert sorted(folder.iterdir()) == before  # a report writes nothing into a run
 
 
 def test_speed_is_a_line_per_method_and_size_beside_dense(rows):

@@ -106,3 +106,26 @@ def test_a_table_of_other_numbers_is_shown_as_printed(tmp_path, write_run):
     write_run(tmp_path / "0")
     (table,) = published_tables(["Tab. R7"], rows_of(load_sweep(tmp_path)), tmp_path)
     assert [cell.text for cell in cells(table, "Total Time (h)")] == ["1.54", "26.02", "23.17"]
+
+
+def test_of_several_rows_the_nearest_in_ratio_without_further_settings_counts(tmp_path, write_run):
+    write_run(tmp_path / "0", method="mone", ratio=0.245, quantizer="none", harm=9.0)
+    words = ("model=tiny_qwen3_moe", "method=mone", "ratio=0.25", "quantizer=none")
+    write_run(
+        tmp_path / "1", method="mone", quantizer="none", harm=8.0, ratio=0.25, overrides=(*words, "allocator.x=1")
+    )
+    write_run(tmp_path / "2", method="mone", quantizer="none", harm=1.0, ratio=0.25, overrides=words)
+    (table,) = published_tables(["Tab. R11"], rows_of(load_sweep(tmp_path)), tmp_path)
+    printed = printed_rows("Tab. R11")
+    place = next(n for n, row in enumerate(printed) if (row.method, row.ratio) == ("mone", 0.25))
+    assert cells(table, "tiny_qwen3_moe\nperplexity / dense")[place].runs == ("2",)
+
+
+def test_storage_is_compared_in_the_unit_that_the_printed_number_has(tmp_path, write_run):
+    write_run(tmp_path / "0", model=QWEN, method="moe_slimming", ratio=0.25, quantizer="none", tasks=PAPER_TASKS)
+    (table,) = published_tables(["Tab. R11"], rows_of(load_sweep(tmp_path)), tmp_path)
+    place = next(
+        n for n, row in enumerate(printed_rows("Tab. R11")) if (row.method, row.ratio) == ("moe_slimming", 0.25)
+    )
+    assert cells(table, "storage\npublished")[place].text == "20.88 GiB"
+    assert cells(table, "ours,\ncounted alike")[place].text.endswith(" GiB")

@@ -94,3 +94,14 @@ def test_sentences_say_who_is_better_for_sure(tmp_path, write_run):
     (sentence,) = paired_sentences(paired_comparisons(rows_of(load_sweep(tmp_path))))
     assert "lower perplexity in 1 of 2 paired comparisons; 1 of these stay at p < 0.05" in sentence
     assert sentence.endswith("By the same test better than moe_slimming: better.")
+
+
+def test_the_verdict_counts_what_could_not_be_tested(tmp_path, write_run):
+    for seed in (0, 1, 2):
+        write_run(tmp_path / f"1{seed}", method="moe_slimming", seed=seed, harm=1.0 + seed / 10)
+        write_run(tmp_path / f"2{seed}", method="reap", seed=seed, harm=3.0 + seed / 20)
+        if seed < 2:  # the third has not ended
+            write_run(tmp_path / f"3{seed}", method="camera", seed=seed, harm=0.2)
+    (sentence,) = paired_sentences(paired_comparisons(rows_of(load_sweep(tmp_path))))
+    assert "moe_slimming has the lower perplexity in 1 of 2 paired comparisons; 1 of these stay" in sentence
+    assert sentence.endswith("1 could not be tested.")

@@ -174,3 +174,35 @@ def test_costs_of_recoveries_speed_and_how_tasks_were_scored_are_told(tmp_path, 
     assert texts(table, "decode\n/ dense") == ["1.00", "1.20 ± 0.01"]  # 12 / 10 and 25 / 21
     assert "Solved examples shown first: arithmetic 5." in table.group_captions["tasks"]
     assert "Scored by word_order acc,none, arithmetic exact_match,strict." in table.group_captions["tasks"]
+
+
+def measured_otherwise(folder, factor):
+    """As if another evaluation had been chosen: more tokens, other perplexities."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["evaluation"] = "longer"
+    for variant in metrics["variants"]:
+        variant["mean_perplexity"] *= factor
+        variant["perplexity_tokens"] = {name: 4 * count for name, count in variant["perplexity_tokens"].items()}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+
+
+def test_runs_that_measured_something_else_share_no_row_and_no_dense_model(tmp_path, write_run):
+    for seed in (0, 1, 2):
+        write_run(tmp_path / str(seed), seed=seed, quantizer="none")
+        measured_otherwise(write_run(tmp_path / str(3 + seed), seed=seed, quantizer="none"), 1.3)
+    runs = load_sweep(tmp_path)
+    assert distinct(runs) == (list(runs), [])
+    rows = rows_of(runs)
+    assert [(row.is_dense, len(row.runs)) for row in rows] == [(True, 3), (False, 3), (True, 3), (False, 3)]
+    assert rows[1].rivals != rows[3].rivals
+    table = seed_table("T", rows, tmp_path)
+    assert texts(table, "mean\nperplexity")[::2] == ["25.00", "32.50"]
+    assert texts(table, "evaluation")[0] != texts(table, "evaluation")[2]
+
+
+def test_the_average_is_over_the_tasks_of_the_rows_own_model(tmp_path, write_run):
+    write_run(tmp_path / "0", quantizer="none")
+    write_run(tmp_path / "1", quantizer="none", model="tiny_deepseek_v2", tasks={"piqa": 0.8, "boolq": 0.6})
+    table = seed_table("T", rows_of(load_sweep(tmp_path)), tmp_path)
+    averages = texts(table, "average\n%")
+    assert averages[0] == "67.5" and averages[2] == "70.0"

@@ -150,3 +150,13 @@ def test_what_holds_at_many_ratios_is_said_once(tmp_path, write_run):
     assert [line.partition(":")[0] for line in takeaway(load_sweep(tmp_path)).splitlines()] == [
         f"tiny_qwen3_moe at ratio {ratio} without quantizer" for ratio in (0.25, 0.5, 0.75)
     ]
+
+
+def test_models_of_other_numbers_of_experts_per_token_are_no_entrants_of_one_size(tmp_path, write_run):
+    for number, experts in enumerate((None, 2, 1)):
+        folder = write_run(tmp_path / str(number), quantizer="none", harm=1.0 + number)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        (folder / "metrics.json").write_text(json.dumps({**metrics, "experts_per_token": experts}))
+    lines = takeaway(load_sweep(tmp_path)).splitlines()
+    assert len(lines) == 3 and all("is the only run" in line for line in lines)
+    assert "with 2 experts per token" in lines[1]

@@ -22,7 +22,10 @@ PREAMBLE = r"""\documentclass[a4paper,10pt]{article}
 \newcommand{\tablenote}[1]{\par\smallskip{\footnotesize\raggedright #1\par}}
 """
 ROWS_PER_PAGE = 45
-LAST_LATIN = "\u017f"
+# What its usual fonts have beyond ASCII: Latin-1, and the further letters of the T1 encoding.
+LETTERS = {chr(code) for code in (*range(0x20, 0x7F), *range(0xA1, 0x100))} | set(
+    "ĂăĄąĆćČčĎďĐđĘęĚěĞğĹĺĽľŁłŃńŇňŊŋŐőŔŕŘřŚśŞşŠšŢţŤťŮůŰűŸŹźŻżŽžŒœİı"
+)
 ESCAPES = str.maketrans(
     {
         "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "%": r"\%",
@@ -115,7 +118,7 @@ def _cell(cell: Cell, notes: Mapping[str, int]) -> str:
 
 def latex_text(text: str) -> str:
     """Plain text in which LaTeX takes no character for its own; letters that its fonts lack become question marks."""
-    known = (char if char <= LAST_LATIN or ord(char) in ESCAPES else "?" for char in text)
+    known = (char if char in LETTERS or ord(char) in ESCAPES else "?" for char in text)
     return "".join(known).translate(ESCAPES)
 
 

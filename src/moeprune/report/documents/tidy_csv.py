@@ -59,7 +59,7 @@ def _line(name: str, row: Row, measure: Measure, published: Sequence[PublishedRe
         **dict(_beside(row, measure, published)),
         "missing": None if found else (NOT_MEASURED if row.runs else row.why_missing),
         "seeds": None if row.is_dense else " ".join(map(str, row.seeds)),
-        "runs": " ".join(runs_of(row, into)),
+        "runs": "; ".join(runs_of(row, into)),
     }
 
 

@@ -32,8 +32,8 @@ MOST_WIDTHS = 32
 SMALL = 8.5
 
 
-def write_diagnostics_plots(path: Path) -> list[Path]:
-    """Write the figures of a ``diagnostics.json``, each as PNG and SVG, into its folder; returns what was written.
+def write_diagnostics_plots(path: Path, folder: Path) -> list[Path]:
+    """Write the figures of a ``diagnostics.json``, each as PNG and SVG, into a folder; returns what was written.
 
     ``score_concentration`` only where channels have scores.
     """
@@ -47,7 +47,7 @@ def write_diagnostics_plots(path: Path) -> list[Path]:
         figures["score_concentration"] = concentration_figure(found.concentration)
     written = []
     for name, figure in figures.items():
-        files = [path.with_name(f"{name}.{kind}") for kind in ("png", "svg")]
+        files = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
         write_figure(figure, *files)
         written += files
     return written

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moeprune.report.figures.labels import Point
-from moeprune.report.runs.measures import BYTES, DECODE, PREFILL, TO_DENSE, gained_accuracy, tasks_of
+from moeprune.report.runs.measures import BYTES, DECODE, GAINED_ACCURACY, PREFILL, TO_DENSE
 from moeprune.report.runs.results import Metrics
 from moeprune.report.runs.seeds import Row, Spread
 
@@ -52,7 +52,6 @@ class Compressed:
 
 def compressed(rows: Sequence[Row]) -> list[Compressed]:
     """A point for each row with results, but for the dense ones."""
-    gained = gained_accuracy(tasks_of(rows))
     points = []
     for row in rows:
         perplexity, size = row.spread(TO_DENSE.of), row.spread(BYTES.of)
@@ -71,7 +70,7 @@ def compressed(rows: Sequence[Row]) -> list[Compressed]:
                 bytes=size.mean,
                 dense_bytes=metrics.dense.bytes.with_overhead,
                 perplexity=perplexity,
-                accuracy=row.spread(gained.of),
+                accuracy=row.spread(GAINED_ACCURACY.of),
                 prefill=row.spread(PREFILL.of),
                 decode=row.spread(DECODE.of),
                 recovery_seconds=_recovery_seconds(row.results),

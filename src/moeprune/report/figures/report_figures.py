@@ -1,11 +1,13 @@
 """The figures of a report: which ones its rows can fill, with titles and captions."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure as Drawing
 
 from moeprune.report.documents.document import Figure
+from moeprune.report.figures.diagnostics_plots import write_diagnostics_plots
 from moeprune.report.figures.front_plot import front_figure
 from moeprune.report.figures.methods_plot import crowded_sizes, methods_figure
 from moeprune.report.figures.pareto_plot import pareto_figure
@@ -63,16 +65,21 @@ def grid_figures(grids: Sequence[Grid], folder: Path) -> tuple[Figure, ...]:
     return (_drawn(pareto_figure(grids), folder / "pareto", "Pruning and quantisation", caption),)
 
 
-def diagnostics_figures(run: Run) -> tuple[Figure, ...]:
-    """What was drawn of a run's plan, where it lies in the run's folder."""
-    found = []
-    for name, (title, caption) in DIAGNOSTICS.items():
-        files = tuple(run.folder / f"{name}.{kind}" for kind in KINDS)
-        if run.results and all(file.exists() for file in files):
-            metrics = run.results
-            about = f"Run {run.name}: {metrics.method or metrics.scorer} at ratio {metrics.ratio:g}."
-            found.append(Figure(f"{title}: {metrics.model}", f"{caption} {about}", files))
-    return tuple(found)
+def diagnostics_figures(run: Run, folder: Path) -> tuple[Figure, ...]:
+    """Draw a run's plan, where it wrote one down, into a folder below ``folder``. Raises InputError where that is
+    damaged."""
+    told, metrics = run.folder / "diagnostics.json", run.results
+    if metrics is None or not told.exists():
+        return ()
+    own = folder / re.sub(r"[^A-Za-z0-9_.-]", "_", metrics.model)
+    own.mkdir(exist_ok=True)
+    written = write_diagnostics_plots(told, own)
+    about = f"Run {run.name}: {metrics.method or metrics.scorer} at ratio {metrics.ratio:g}."
+    return tuple(
+        Figure(f"{title}: {metrics.model}", f"{caption} {about}", tuple(own / f"{name}.{kind}" for kind in KINDS))
+        for name, (title, caption) in DIAGNOSTICS.items()
+        if own / f"{name}.svg" in written
+    )
 
 
 def _curves(points: Sequence[Compressed], folder: Path) -> Iterator[Figure]:

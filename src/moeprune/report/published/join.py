@@ -31,8 +31,16 @@ def joined(published: PublishedResult, rows: Sequence[Row], model: str, toleranc
         and _bits(row, rows) == published.bits
         and _same_settings(published, row)
     ]
-    found.sort(key=lambda row: (not row.runs, row.quantizer != PUBLISHED_QUANTIZER))
-    return found[0] if found else None
+    return min(found, key=lambda row: _distance(published, row), default=None)
+
+
+def _distance(published: PublishedResult, row: Row) -> tuple[object, ...]:
+    """Of several rows that a printed one could be held against: with results, nearest in ratio, of the published
+    quantizer, with as few further settings as there are, and recovered, as the printed ones are."""
+    ratios = abs((published.likely_ratio or 0) - (row.ratio or 0))
+    recovered = any(setting_text(run, "recovery") not in (None, "none") for run in (*row.runs, *row.unfinished))
+    further = row.method.count(", ") - row.method.count("recovery ")
+    return not row.runs, round(ratios, 6), row.quantizer != PUBLISHED_QUANTIZER, further, not recovered
 
 
 def _same_method(published: PublishedResult, row: Row) -> bool:

@@ -1,11 +1,12 @@
 """Do the published methods come in the same order here? Counted over pairs of rows at equal ratio and bits."""
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
 
 from moeprune.report.published.join import ALIKE_RATIO, joined, printed_rows
 from moeprune.report.published.results import PublishedResult
-from moeprune.report.runs.measures import MEAN_PERPLEXITY, Measure, average_accuracy, tasks_of
+from moeprune.report.runs.measures import AVERAGE_ACCURACY, MEAN_PERPLEXITY, Measure
 from moeprune.report.runs.seeds import Row
 from moeprune.report.tables.formats import MISSING
 from moeprune.report.tables.run_tables import column_of
@@ -39,10 +40,9 @@ def order_table(names: Sequence[str], rows: Sequence[Row]) -> Table | None:
 
 def _counts(table: str, model: str, rows: Sequence[Row]) -> dict[str, tuple[int, int]]:
     """By what is compared: pairs in the same order, and all pairs."""
-    tasks = tasks_of([row for row in rows if row.model == model])
     return {
         PERPLEXITY: _agreement(table, model, rows, MEAN_PERPLEXITY, -1),
-        TASKS: _agreement(table, model, rows, average_accuracy(tasks), 1),
+        TASKS: _agreement(table, model, rows, AVERAGE_ACCURACY, 1),
     }
 
 
@@ -57,8 +57,12 @@ def _agreement(table: str, model: str, rows: Sequence[Row], measure: Measure, si
         own = joined(printed, rows, model, ALIKE_RATIO)
         found = own.spread(measure.of) if own and not own.is_dense else None
         if found is not None and printed.mean_of_row is not None:
-            known.append((printed, sign * found.mean))
-    pairs = [(one, two) for one, two in combinations(known, 2) if _are_rivals(one[0], two[0])]
+            known.append((printed, -math.inf if math.isnan(found.mean) else sign * found.mean))
+    pairs = [
+        (one, two)
+        for one, two in combinations(known, 2)
+        if _are_rivals(one[0], two[0]) and (math.isfinite(one[1]) or math.isfinite(two[1]))
+    ]
     same = sum(((one[0].mean_of_row or 0) > (two[0].mean_of_row or 0)) == (one[1] > two[1]) for one, two in pairs)
     return same, len(pairs)
 

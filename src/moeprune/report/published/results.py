@@ -177,9 +177,8 @@ def _found_doubts(row: PublishedResult, rows: Sequence[PublishedResult]) -> Iter
 
 
 def _has_figures_of(row: PublishedResult, other: PublishedResult) -> bool:
-    """Whether all tasks that both have, at least six, have the same figures."""
-    shared = [task for task in row.tasks if task in other.tasks]
-    return len(shared) >= FEWEST_TASKS and all(row.tasks[task] == other.tasks[task] for task in shared)
+    """Whether at least six tasks have the same figures."""
+    return sum(value == other.tasks.get(task) for task, value in row.tasks.items()) >= FEWEST_TASKS
 
 
 def _is_same(row: PublishedResult, other: PublishedResult) -> bool:

@@ -6,6 +6,8 @@ from functools import cache
 from importlib.resources import files
 
 UNITS = {"GB": " GB", "GiB": " GiB", "x": "x"}
+UNIT_BYTES = {"GB": 10**9, "GiB": 2**30}
+IDEAL_4 = "ideal_4"
 # Marks of what a number counts, where it is not what would be stored; `KINDS_TEXT` explains them.
 KINDS = {"all_16": "", "nf4_double": " (d)", "int8_attention_16": " (a)", "ideal_4": " (i)"}
 KINDS_TEXT = "(d): double quantisation; (a): attention in 16 bits; (i): 4.0 bits for everything, no scales"

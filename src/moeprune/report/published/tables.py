@@ -6,16 +6,17 @@ from pathlib import Path
 
 from moeprune.report.published.join import ALIKE_RATIO, joined, printed_rows
 from moeprune.report.published.results import AVERAGE, PublishedResult
+from moeprune.report.published.storage import IDEAL_4, KINDS_TEXT, UNIT_BYTES, PublishedStorage, published_storage
 from moeprune.report.runs.measures import (
     BYTES,
+    GAINED_ACCURACY,
     TO_DENSE,
     accuracy,
     average_accuracy,
-    gained_accuracy,
     tasks_of,
 )
 from moeprune.report.runs.seeds import Row
-from moeprune.report.tables.formats import GIGABYTE, MISSING, ratio_text
+from moeprune.report.tables.formats import MISSING, ratio_text
 from moeprune.report.tables.run_tables import names_in
 from moeprune.report.tables.seed_table import NOT_MEASURED, percent_text, runs_of, spread_cell
 from moeprune.report.tables.table import ROW_NAME, Cell, Column, Table
@@ -59,8 +60,8 @@ def _absolute(name: str, printed: Sequence[PublishedResult], rows: Sequence[Row]
     ]
     if any(row.storage_gb for row in printed):
         columns += [
-            Column("storage\npublished", [_number(row.storage_gb) for row in printed], AVERAGES),
-            Column("ours, GB with\noverhead", [_gigabytes(own, into) for own in ours], AVERAGES),
+            Column("storage\npublished", [_storage(row) for row in printed], AVERAGES),
+            Column("ours,\ncounted alike", [_stored(row, own, into) for row, own in pairs], AVERAGES),
         ]
     captions = {
         AVERAGES: (
@@ -68,7 +69,8 @@ def _absolute(name: str, printed: Sequence[PublishedResult], rows: Sequence[Row]
             "in points, ours minus published; averages are over the tasks of the printed row, and their difference is "
             "to the mean of its printed tasks. Recovery, calibration text and version of the harness need not be ours; "
             "which of a task's metrics (acc, acc_norm) is printed, the tables do not say. "
-            "How storage was counted: docs/footprint.md."
+            f"Storage in the unit that the numbers show, which is not always the one that the table says; {KINDS_TEXT} "
+            "(docs/footprint.md)."
         )
     }
     return Table(f"{name}: ours beside the published numbers", columns, _source(name, printed), captions)
@@ -84,7 +86,7 @@ def _relative(
         if all(row is None or row.is_dense for row in own):
             continue
         tasks = tasks_of([row for row in rows if row.model == model])
-        points = [("points", gained_accuracy(tasks), _signed)] if tasks else []
+        points = [("points", GAINED_ACCURACY, _signed)] if tasks else []
         for head, measure, text in (*points, ("perplexity / dense", TO_DENSE, ratio_text)):
             cells = [spread_cell(row, row.spread(measure.of), text, into) if row else _not_run() for row in own]
             columns.append(Column(f"{model}\n{head}", cells, model))
@@ -202,12 +204,33 @@ def _task(task: str, row: PublishedResult, own: Row | None, into: Path) -> Cell:
     return Cell(text, number=difference, runs=runs_of(own, into) if own else ())
 
 
-def _gigabytes(own: Row | None, into: Path) -> Cell:
+def _counted(row: PublishedResult) -> PublishedStorage | None:
+    """In which unit, and of what, the row's storage was counted; None where that is not known."""
+    return next(
+        (
+            one
+            for one in published_storage()
+            if (one.model, one.bits, one.storage) == (row.model, row.bits, row.storage_gb) and row.table in one.table
+        ),
+        None,
+    )
+
+
+def _storage(row: PublishedResult) -> Cell:
+    counted = _counted(row)
+    return replace(_number(row.storage_gb), text=counted.text) if counted else _number(row.storage_gb)
+
+
+def _stored(row: PublishedResult, own: Row | None, into: Path) -> Cell:
+    """Ours in the same unit: with overhead, or where the printed number leaves it out, 4 bits for each parameter."""
     if own is None:
         return _not_run()
-    found = own.spread(BYTES.of)
+    counted = _counted(row)
+    unit = counted.unit if counted else "GB"
+    ideal = counted is not None and counted.kind == IDEAL_4
+    found = own.spread((lambda _, variant: variant.parameters.total / 2) if ideal else BYTES.of)
     mean = replace(found, std=None) if found else None  # seeds hardly change it
-    return spread_cell(own, mean, lambda size: f"{size / GIGABYTE:.2f}", into)
+    return spread_cell(own, mean, lambda size: f"{size / UNIT_BYTES[unit]:.2f} {unit}", into)
 
 
 def _not_run() -> Cell:

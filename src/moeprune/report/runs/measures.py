@@ -42,6 +42,11 @@ RECOVERY_COSTS = {
 }
 
 
+# Over the tasks that the run measured: another model in the same table may have others.
+AVERAGE_ACCURACY = Measure(f"accuracy.{AVERAGE}", lambda metrics, variant: _average(variant, list(metrics.dense.tasks)))
+GAINED_ACCURACY = Measure("points_to_dense", lambda metrics, variant: _gained(metrics, variant))
+
+
 def accuracy(task: str) -> Measure:
     """Percent of a task's examples that were answered rightly."""
     return Measure(f"accuracy.{task}", lambda _, variant: _percent(variant, task))
@@ -50,16 +55,6 @@ def accuracy(task: str) -> Measure:
 def average_accuracy(tasks: Sequence[str]) -> Measure:
     """Mean over the tasks in percent; None where one of them is missing."""
     return Measure(f"accuracy.{AVERAGE}", lambda _, variant: _average(variant, tasks))
-
-
-def gained_accuracy(tasks: Sequence[str]) -> Measure:
-    """Points of average accuracy above the same run's dense model."""
-
-    def points(metrics: Metrics, variant: Variant) -> float | None:
-        reached, dense = _average(variant, tasks), _average(metrics.dense, tasks)
-        return None if reached is None or dense is None else reached - dense
-
-    return Measure("points_to_dense", points)
 
 
 def measures_of(rows: Sequence[Row]) -> list[Measure]:
@@ -71,7 +66,7 @@ def measures_of(rows: Sequence[Row]) -> list[Measure]:
         TO_DENSE,
         *(_perplexity(text) for text in texts),
         *(accuracy(task) for task in tasks),
-        *([average_accuracy(tasks), gained_accuracy(tasks)] if tasks else []),
+        *([AVERAGE_ACCURACY, GAINED_ACCURACY] if tasks else []),
         BYTES,
         TIMES_SMALLER,
         TIMES_SMALLER_IDEAL,
@@ -108,6 +103,13 @@ def _average(variant: Variant, tasks: Sequence[str]) -> float | None:
     found = [_percent(variant, task) for task in tasks]
     known = [percent for percent in found if percent is not None]
     return sum(known) / len(known) if found and len(known) == len(found) else None
+
+
+def _gained(metrics: Metrics, variant: Variant) -> float | None:
+    """Points of average accuracy above the same run's dense model."""
+    tasks = list(metrics.dense.tasks)
+    reached, dense = _average(variant, tasks), _average(metrics.dense, tasks)
+    return None if reached is None or dense is None else reached - dense
 
 
 def _speed_ratio(metrics: Metrics, variant: Variant, phase: str) -> float | None:

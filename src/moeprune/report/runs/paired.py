@@ -65,7 +65,7 @@ def _compared(ours: Row, other: Row) -> Comparison | None:
     mine, theirs = [of_ours[seed] for seed in seeds], [of_other[seed] for seed in seeds]
     if not all(map(math.isfinite, (*mine, *theirs))):
         nothing = Spread(math.nan, None, len(seeds))
-        wins = sum(one < two for one, two in zip(mine, theirs, strict=True))
+        wins = sum(_worst_if_nan(one) < _worst_if_nan(two) for one, two in zip(mine, theirs, strict=True))
         return Comparison(ours, other, seeds, nothing, wins, None, reason="a perplexity is not finite")
     differences = [one - two for one, two in zip(mine, theirs, strict=True)]
     wins = sum(difference < 0 for difference in differences)
@@ -75,6 +75,10 @@ def _compared(ours: Row, other: Row) -> Comparison | None:
     if len(set(differences)) == 1:
         return replace(found, reason="the same difference on every seed: no spread to test against")
     return replace(found, p=float(stats.ttest_rel(mine, theirs).pvalue))
+
+
+def _worst_if_nan(value: float) -> float:
+    return math.inf if math.isnan(value) else value
 
 
 def _log_perplexities(row: Row) -> dict[int, float]:
@@ -97,8 +101,11 @@ def paired_table(comparisons: Sequence[Comparison], into: Path) -> Table | None:
     """None where no two rows share two seeds: one seed says nothing about chance."""
     if all(len(one.seeds) < 2 for one in comparisons):
         return None
+    per_token = [str(one.ours.experts_per_token or "default") for one in comparisons]
+    experts = [column_of("experts\nper token", per_token, ROW_NAME)] if len(set(per_token)) > 1 else []
     columns = [
         column_of("model", (one.ours.model for one in comparisons), ROW_NAME),
+        *experts,
         column_of("ratio", (f"{one.ours.ratio:.4g}" for one in comparisons), ROW_NAME),
         column_of("quantizer", (str(one.ours.quantizer) for one in comparisons), ROW_NAME),
         column_of("method", (one.ours.method for one in comparisons), ROW_NAME),
@@ -138,13 +145,14 @@ def paired_sentences(comparisons: Sequence[Comparison]) -> list[str]:
     all ratios of which the same is to be said."""
     groups: dict[tuple[object, str], list[Comparison]] = {}
     for one in comparisons:
-        if one.adjusted is not None:
-            groups.setdefault((one.ours.rivals, one.ours.method), []).append(one)
+        groups.setdefault((one.ours.rivals, one.ours.method), []).append(one)
     ratios: dict[tuple[str, str, str], list[str]] = {}
     for found in groups.values():
         row = found[0].ours
-        quantized = "" if row.quantizer == "none" else f" with {row.quantizer}"
-        ratios.setdefault((row.model, quantized, _verdict(found)), []).append(f"{row.ratio:g}")
+        if any(one.adjusted is not None for one in found):
+            quantized = "" if row.quantizer == "none" else f" with {row.quantizer}"
+            experts = f", {row.experts_per_token} experts per token," if row.experts_per_token else ""
+            ratios.setdefault((f"{row.model}{experts}", quantized, _verdict(found)), []).append(f"{row.ratio:g}")
     return [
         f"{model} at ratio{'s' * (len(at) > 1)} {', '.join(at)}{quantized}: {verdict}"
         for (model, quantized, verdict), at in ratios.items()
@@ -153,11 +161,18 @@ def paired_sentences(comparisons: Sequence[Comparison]) -> list[str]:
 
 def _verdict(found: Sequence[Comparison]) -> str:
     method = found[0].ours.method
-    better = [one for one in found if one.difference.mean < 0]
-    sure = [one for one in found if (one.adjusted or 0) < SIGNIFICANT]
+    better = [one for one in found if _is_better(one)]
+    sure = [one for one in found if one.adjusted is not None and one.adjusted < SIGNIFICANT]
+    untested = sum(one.adjusted is None for one in found)
     worse = [one.other.method for one in sure if one.difference.mean > 0]
     text = (
         f"{method} has the lower perplexity in {len(better)} of {len(found)} paired comparisons; "
         f"{sum(one in better for one in sure)} of these stay at p < {SIGNIFICANT} after Holm's correction."
     )
+    text += f" {untested} could not be tested." if untested else ""
     return f"{text} By the same test better than {method}: {', '.join(worse)}." if worse else text
+
+
+def _is_better(one: Comparison) -> bool:
+    """On the mean; where that is infinite, on every seed."""
+    return one.wins == len(one.seeds) if math.isnan(one.difference.mean) else one.difference.mean < 0

@@ -33,6 +33,7 @@ BEFORE_THE_CHOICE = {"surgery": "none", "training_data": None, "order": ("prune"
 CHOSEN_BY_METHOD = ("scorer", "allocator", "surgery")
 ORDER_SEPARATOR = " > "
 Entry = TypeVar("Entry")
+MeasuredOn = tuple[str | None, tuple[tuple[str, int], ...], tuple[tuple[str, int, str | None, int | None], ...]]
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Metrics:
     """Everything a run measured, with the choices that made it; ``ratio`` = routed-expert channels removed.
 
     ``order`` names the stages as they were run, as in "prune > recover > quantize"; ``training_data`` is None for a run
-    without recovery. ``experiment`` is the choice of that name; ``experts_per_token`` is None where it is the
-    checkpoint's.
+    without recovery. ``experiment`` and ``evaluation`` are the choices of these names; ``experts_per_token`` is None
+    where it is the checkpoint's.
     """
 
     model: str
@@ -62,6 +63,14 @@ class Metrics:
     recovery_details: RecoveryDetails | None
     experiment: str | None = None
     experts_per_token: int | None = None
+    evaluation: str | None = None
+
+    @property
+    def measured_on(self) -> MeasuredOn:
+        """What numbers of two runs must have in common to be compared: the evaluation, its tokens, and its tasks'
+        examples and metrics."""
+        tokens, tasks = sorted(self.dense.perplexity_tokens.items()), sorted(self.dense.tasks.items())
+        return self.evaluation, tuple(tokens), tuple((name, task.n, task.metric, task.fewshot) for name, task in tasks)
 
     @property
     def dense(self) -> Variant:
@@ -162,7 +171,7 @@ def _expected_entries(path: Path) -> Iterator[None]:
     """Say which file lacks an entry."""
     try:
         yield
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} does not have the expected entries: {error}.") from error
 
 
@@ -253,6 +262,8 @@ def _numeric_order(name: str) -> list[str | int]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise InputError(f"{path} is damaged: it holds no object.", change="Run again, or remove the directory.")
     except FileNotFoundError as error:
         raise InputError(f"{path.parent} is not a run directory: it has no {path.name}.") from error
     except json.JSONDecodeError as error:
@@ -277,6 +288,7 @@ def _metrics(written: dict[str, Any]) -> Metrics:
         recovery_details=_entry(RecoveryDetails, details) if details else None,
         experiment=raw.get("experiment"),
         experts_per_token=raw.get("experts_per_token"),
+        evaluation=raw.get("evaluation"),
     )
 
 

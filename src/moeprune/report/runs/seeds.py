@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from moeprune.report.runs.results import Metrics, Run
+from moeprune.report.runs.results import MeasuredOn, Metrics, Run
 from moeprune.report.runs.settings import run_labels, setting_text
 from moeprune.report.runs.variants import Variant
 
@@ -14,7 +14,8 @@ SEED = "seed"
 WITHOUT_EFFECT = ("experiment", "tracking", "cache_dir", "save_model", "until", "objective", "model.experts_per_token")
 DENSE = "dense"
 
-Rivals = tuple[str, int | None, float, str]  # model, experts per token, ratio, quantizer
+# Model, experts per token, ratio, quantizer, what was measured on.
+Rivals = tuple[str, int | None, float, str, MeasuredOn | None]
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Spread:
 class Row:
     """What was asked, by ``method`` beside the others; its runs with results, one per seed; and those without.
 
-    A dense row has all runs of its model, since each of them measured the dense model again. ``ratio`` and
-    ``quantizer`` are None where no run of the row has come so far that they are known.
+    A dense row has all runs of its model and evaluation, since each of them measured the dense model again. ``ratio``
+    and ``quantizer`` are None where no run of the row has come so far that they are known.
     """
 
     model: str
@@ -56,10 +57,16 @@ class Row:
 
     @property
     def rivals(self) -> Rivals | None:
-        """Rows of one size are compared with each other; dense, reference and unfinished rows with none."""
+        """Rows of one size and evaluation are compared with each other; dense, reference and unfinished rows with
+        none."""
         if self.is_dense or self.ratio is None or self.quantizer is None or not self.runs or self.is_reference:
             return None
-        return self.model, self.experts_per_token, self.ratio, self.quantizer
+        return self.model, self.experts_per_token, self.ratio, self.quantizer, self.measured_on
+
+    @property
+    def measured_on(self) -> MeasuredOn | None:
+        """That of all its runs; None where none has results."""
+        return next((metrics.measured_on for metrics in self.results), None)
 
     @property
     def is_reference(self) -> bool:
@@ -107,22 +114,21 @@ def distinct(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     """The runs that count, in their order, and those that another run replaces.
 
     Of runs with the same settings and the same seed, the one that was written last counts, of those with results where
-    there are any: what was started again is one run.
+    there are any: what was started again is one run. Runs that measured something else are others.
     """
     chosen: dict[tuple[object, ...], Run] = {}
+    finished: set[tuple[object, ...]] = set()
     for run, label in zip(runs, run_labels(runs, without=(SEED, *WITHOUT_EFFECT)), strict=True):
         model, seed = setting_text(run, "model"), setting_text(run, SEED)
         known = None not in (model, seed)
-        key: tuple[object, ...] = (*_place(run), label, seed) if known else (run.folder,)
-        before = chosen.get(key)
-        if before is None or _precedence(run) >= _precedence(before):
+        asked: tuple[object, ...] = (*_place(run), label, seed) if known else (run.folder,)
+        key = (*asked, run.results.measured_on if run.results else None)
+        if run.results:
+            finished.add(asked)
+        if key not in chosen or run.updated >= chosen[key].updated:
             chosen[key] = run
-    kept = set(map(id, chosen.values()))
+    kept = {id(run) for key, run in chosen.items() if run.results or key[:-1] not in finished}
     return [run for run in runs if id(run) in kept], [run for run in runs if id(run) not in kept]
-
-
-def _precedence(run: Run) -> tuple[bool, str]:
-    return run.results is not None, run.updated
 
 
 def rows_of(runs: Sequence[Run]) -> list[Row]:
@@ -165,15 +171,19 @@ def _same(asked: Row, row: Row) -> bool:
     """Whether a run belongs to the row; what is not known of an unfinished run does not speak against it."""
     if asked.method != row.method or asked.experts_per_token != row.experts_per_token:
         return False
+    if asked.runs and row.runs and asked.measured_on != row.measured_on:
+        return False
     pairs = ((asked.model, row.model), (asked.ratio, row.ratio), (asked.quantizer, row.quantizer))
     return all(known == other or (not asked.runs and known in (None, "?")) for known, other in pairs)
 
 
 def _with_dense(rows: Sequence[Row]) -> Iterator[Row]:
-    of_model: dict[tuple[str, int | None], list[Row]] = {}
+    known = {(row.model, row.experts_per_token): row.measured_on for row in reversed(rows) if row.runs}
+    groups: dict[tuple[str, int | None, MeasuredOn | None], list[Row]] = {}
     for row in rows:
-        of_model.setdefault((row.model, row.experts_per_token), []).append(row)
-    for (model, experts), found in sorted(of_model.items(), key=lambda item: item[0][0] == "?"):
+        measured_on = row.measured_on if row.runs else known.get((row.model, row.experts_per_token))
+        groups.setdefault((row.model, row.experts_per_token, measured_on), []).append(row)
+    for (model, experts, _), found in sorted(groups.items(), key=lambda item: item[0][0] == "?"):
         runs = tuple({run.folder: run for row in found for run in row.runs}.values())
         if runs:
             yield Row(model, experts, DENSE, 0.0, "none", runs)

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from moeprune.errors import InputError
 from moeprune.report.runs.results import CHOSEN_BY_METHOD, ORDER_SEPARATOR, SETTINGS, Run
 
 BUNDLED = CHOSEN_BY_METHOD
@@ -69,7 +70,11 @@ def configured(run: Run, key: str) -> str | None:
 
 @cache
 def _config(path: Path) -> dict[str, Any]:
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+    try:
+        return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+    except yaml.YAMLError as error:
+        told = str(error).replace("\n", " ")
+        raise InputError(f"{path} is damaged: {told}.", change="Run again, or remove the directory.") from error
 
 
 def run_labels(runs: Sequence[Run], without: Collection[str] = ()) -> list[str]:

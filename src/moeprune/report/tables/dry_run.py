@@ -5,15 +5,13 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from moeprune.report.published.storage import KINDS_TEXT, PublishedStorage, published_storage
+from moeprune.report.published.storage import IDEAL_4, KINDS_TEXT, UNIT_BYTES, PublishedStorage, published_storage
 from moeprune.report.tables.footprint import GIBIBYTE, GPUS, FootprintRow
 from moeprune.report.tables.formats import MISSING, byte_unit, byte_unit_note, bytes_text, parameter_text
 from moeprune.report.tables.table import ROW_NAME, Cell, Column, Table, print_table
 
 # What a GPU needs beside what is counted: its driver, gaps between tensors.
 MARGIN_GIB = 2
-UNIT_BYTES = {"GB": 10**9, "GiB": 2**30}
-IDEAL_4 = "ideal_4"
 NOTHING_DONE = "Nothing was run, and nothing written."
 # The order of the road; passes come after the statistics.
 STAGES = ("calibration", "statistics", "pass", "pruned", "recovered", "quantized", "evaluation")

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moeprune.report.runs.measures import (
+    AVERAGE_ACCURACY,
     BYTES,
     DECODE,
     MEAN_PERPLEXITY,
@@ -15,7 +16,6 @@ from moeprune.report.runs.measures import (
     TO_DENSE,
     Measure,
     accuracy,
-    average_accuracy,
     tasks_of,
 )
 from moeprune.report.runs.ranking import with_ranks
@@ -57,7 +57,7 @@ def seed_table(title: str, rows: Sequence[Row], into: Path) -> Table:
         _size_column("times\nsmaller", rows, TIMES_SMALLER, 1, into),
     ]
     if len(tasks) > 1:
-        columns.append(_column("average\n%", TASKS, rows, average_accuracy(tasks), percent_text, into, lowest=False))
+        columns.append(_column("average\n%", TASKS, rows, AVERAGE_ACCURACY, percent_text, into, lowest=False))
     columns += [_task_column(task, rows, into) for task in tasks]
     if any(metrics.final.speed for metrics in measured):
         columns += [
@@ -70,7 +70,7 @@ def seed_table(title: str, rows: Sequence[Row], into: Path) -> Table:
     over_seeds, deviation = (f" {OVER_SEEDS}", [TASK_DEVIATION]) if seeds_vary(rows) else ("", [])
     captions = {
         QUALITY: f"{perplexity_meaning(measured)}{over_seeds} {size}" if measured else "No run has results.",
-        TASKS: f"{task_meaning(measured, *deviation)} Average: over all tasks shown.",
+        TASKS: f"{task_meaning(measured, *deviation)} Average: over all tasks of the model.",
         RECOVERY: "Training tokens: those that count in the loss; seconds: mean over seeds.",
         SPEED: "Speed: tokens a second, as a multiple of the dense model's in the same run.",
     }
@@ -78,10 +78,12 @@ def seed_table(title: str, rows: Sequence[Row], into: Path) -> Table:
 
 
 def name_columns(rows: Sequence[Row], into: Path) -> list[Column]:
-    """What names a row: of model, method, experts per token, ratio, quantizer and the number of runs what varies."""
+    """What names a row: of model, method, evaluation, experts per token, ratio, quantizer and the number of runs what
+    varies."""
     texts: dict[str, Callable[[Row], str]] = {
         "model": lambda row: row.model,
         "method": lambda row: row.method,
+        "evaluation": _evaluation,
         "experts\nper token": lambda row: str(row.experts_per_token or "default"),
         "ratio": lambda row: MISSING if row.ratio is None else f"{row.ratio:.4g}",
         "quantizer": lambda row: MISSING if row.quantizer is None else row.quantizer,
@@ -89,11 +91,20 @@ def name_columns(rows: Sequence[Row], into: Path) -> list[Column]:
     columns = []
     for head, text in texts.items():
         cells = [Cell(text(row), runs=runs_of(row, into)) for row in rows]
-        if head == "method" or len({cell.text for cell in cells}) > 1:
+        if head == "method" or len({cell.text for cell in cells} - {MISSING}) > 1:
             columns.append(Column(head, cells, ROW_NAME))
     if seeds_vary(rows) or any(row.unfinished for row in rows):
         columns.append(Column("n", [_count(row, into) for row in rows], ROW_NAME))
     return columns
+
+
+def _evaluation(row: Row) -> str:
+    """Its name and how much it measures, for rows that must not be compared."""
+    if row.measured_on is None:
+        return MISSING
+    name, tokens, tasks = row.measured_on
+    items = f", {sum(count for _, count, *_ in tasks):,} items" if tasks else ""
+    return f"{name or '?'}: {sum(count for _, count in tokens):,} tokens{items}"
 
 
 def _count(row: Row, into: Path) -> Cell:

@@ -1,5 +1,6 @@
 """A table as columns of cells, from which the terminal table, the Markdown, the LaTeX and the page all come."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -175,7 +176,7 @@ def _markdown_cell(cell: Cell, notes: Mapping[str, int]) -> str:
 
 def markdown_text(text: str) -> str:
     """One line in which nothing is taken for a table's border or for HTML."""
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    return re.sub(r"<(?=\S)", "&lt;", text.replace("|", "\\|").replace("\n", " "))
 
 
 def reads_left(column: Column) -> bool:

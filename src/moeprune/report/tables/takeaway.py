@@ -87,10 +87,11 @@ class Entrant:
 
 def _of_equal_bytes(groups: Sequence[list[Entrant]]) -> tuple[list[list[Entrant]], list[list[Entrant]]]:
     """The groups that stay as they are, and the single entrants of each model where their bytes are about equal."""
-    alone: dict[str, list[Entrant]] = {}
+    alone: dict[object, list[Entrant]] = {}
     for group in groups:
         if len(group) == 1:
-            alone.setdefault(group[0].row.model, []).append(group[0])
+            row = group[0].row
+            alone.setdefault((row.model, row.experts_per_token, row.measured_on), []).append(group[0])
     equal = [found for found in alone.values() if len(found) > 1 and _span(found)[1] <= ABOUT * _span(found)[0]]
     gone = {id(entrant) for found in equal for entrant in found}
     return [group for group in groups if id(group[0]) not in gone], equal
@@ -104,7 +105,12 @@ def _span(entrants: Sequence[Entrant]) -> tuple[int, int]:
 def _equal_bytes_takeaway(entrants: Sequence[Entrant]) -> str:
     unit_bytes, unit = byte_unit([entrants[0].metrics.dense.bytes.with_overhead])
     least, most = (size / unit_bytes for size in _span(entrants))
-    named = [replace(each, method=GridPoint("", each.metrics).name) for each in entrants]
+    several = len({each.method for each in entrants}) > 1
+    sizes = [GridPoint("", each.metrics).name for each in entrants]
+    named = [
+        replace(each, method=f"{each.method} {size}" if several else size)
+        for each, size in zip(entrants, sizes, strict=True)
+    ]
     return _compared(named, f"{entrants[0].metrics.model} in {least:.2f} to {most:.2f} {unit}")
 
 
@@ -117,7 +123,8 @@ def _alike(groups: Sequence[list[Entrant]]) -> list[list[list[Entrant]]]:
         runs = {len(entrant.row.runs) for entrant in rivals}
         clear = len(rivals) > 2 and first[0] != first[1] and math.isfinite(rivals[-1].perplexity) and len(runs) == 1
         places = tuple(rivals[place].method for place in (0, 1, -1)) if clear else number
-        of = metrics.model, metrics.experts_per_token, metrics.quantizer, len(rivals), frozenset(runs), places
+        alike = metrics.model, metrics.experts_per_token, metrics.quantizer, metrics.measured_on
+        of = (*alike, len(rivals), frozenset(runs), places)
         found.setdefault(of, []).append(rivals)
     return [
         part for alike in found.values() for part in ([alike] if len(alike) >= MANY_RATIOS else ([g] for g in alike))
