@@ -59,8 +59,9 @@ def _require_whole(hydra: Any) -> None:
     swept = {str(key) for part in (sweeper.get("params"), *(sweeper.get("grids") or ())) for key in part or ()}
     given = {word.lstrip("+").partition("=")[0] for word in hydra.overrides.task}
     if unset := sorted(swept - given):
+        experiment = hydra.runtime.choices.get("experiment")
         raise InputError(
-            f"experiment={hydra.runtime.choices.get('experiment')} is a sweep over {', '.join(sorted(swept))}.",
+            f"{f'experiment={experiment}' if experiment else 'This'} is a sweep over {', '.join(sorted(swept))}.",
             change=f"Add --multirun, or for a single run of it also give {', '.join(unset)}.",
         )
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from moeprune.report.published.results import PublishedResult, published_results
 from moeprune.report.runs.seeds import Row
-from moeprune.report.runs.settings import configured, setting_text
+from moeprune.report.runs.settings import configured, overrides_of, setting_text
 
 # 61.7% is 0.617 in print; 16 experts can express 62.5%.
 SAME_RATIO, ALIKE_RATIO = 0.001, 0.01
@@ -36,11 +36,12 @@ def joined(published: PublishedResult, rows: Sequence[Row], model: str, toleranc
 
 def _distance(published: PublishedResult, row: Row) -> tuple[object, ...]:
     """Of several rows that a printed one could be held against: with results, nearest in ratio, of the published
-    quantizer, with as few further settings as there are, and recovered, as the printed ones are."""
+    quantizer, with the fewest settings given, and recovered, as the printed ones are."""
     ratios = abs((published.likely_ratio or 0) - (row.ratio or 0))
-    recovered = any(setting_text(run, "recovery") not in (None, "none") for run in (*row.runs, *row.unfinished))
-    further = row.method.count(", ") - row.method.count("recovery ")
-    return not row.runs, round(ratios, 6), row.quantizer != PUBLISHED_QUANTIZER, further, not recovered
+    runs = (*row.runs, *row.unfinished)
+    recovered = any(setting_text(run, "recovery") not in (None, "none") for run in runs)
+    given = min(len(overrides_of(run).keys() - {"recovery"}) for run in runs)
+    return not row.runs, round(ratios, 6), row.quantizer != PUBLISHED_QUANTIZER, given, not recovered
 
 
 def _same_method(published: PublishedResult, row: Row) -> bool:

@@ -27,7 +27,7 @@ def setting_text(run: Run, key: str) -> str | None:
         if key == "ratio":
             value = f"{value:.4g}"  # one that was found for a target in bytes has sixteen digits
         return "none" if value is None else _number_or_text(str(value))
-    given = _overrides(run)
+    given = overrides_of(run)
     if key in given:
         if key == "order":
             return ORDER_SEPARATOR.join(stage.strip() for stage in given[key].strip("[]").split(","))
@@ -39,7 +39,7 @@ def setting_text(run: Run, key: str) -> str | None:
 
 def varying_keys(runs: Sequence[Run]) -> tuple[str, ...]:
     """The settings, then the other overrides, that do not have one value over all these runs."""
-    given = dict.fromkeys(key for run in runs for key in _overrides(run))
+    given = dict.fromkeys(key for run in runs for key in overrides_of(run))
     keys = (*SETTINGS, *(key for key in given if key not in SETTINGS))
     return tuple(key for key in keys if len(setting_values(runs, key)) > 1)
 
@@ -112,7 +112,8 @@ def _method_names(runs: Sequence[Run]) -> list[str]:
     return names
 
 
-def _overrides(run: Run) -> dict[str, str]:
+def overrides_of(run: Run) -> dict[str, str]:
+    """What was given for the run beside the files of its config, by the names of the settings."""
     return dict(override.lstrip("+").split("=", 1) for override in run.overrides if "=" in override)
 
 

@@ -23,9 +23,9 @@ def takeaway(runs: Sequence[Run], grids: Sequence[Grid] = ()) -> str:
 
     Runs that differ in their seed alone are told as one, by their mean. Every setting is told, so that a method which
     wins at one ratio and loses at another is not shown at its best only; three ratios and more with the same methods
-    first, second and last share a sentence. Of settings with a single run that has its
-    place in a grid, the grid is told instead. Single entrants of one model that take about the same bytes, as different
-    ratios and quantizers under one budget do, are compared with each other.
+    first, second and last share a sentence. Of settings with a single run that has its place in a grid, the grid is
+    told instead. Single entrants of one model that take about the same bytes, as different ratios and quantizers under
+    one budget do, are compared with each other.
     """
     entrants = [Entrant(row.method, row) for row in rows_of(runs) if row.runs and not row.is_dense]
     rivals: dict[Rivals, list[Entrant]] = {}
