@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -189,3 +190,11 @@ def test_cards_hold_less_than_their_name_says_in_gibibytes():
     for name, mebibytes in GPUS.items():
         sold = int(re.search(r"\((\d+) GB\)", name)[1])
         assert sold * 10**9 < mebibytes * MEBIBYTE <= sold * 2**30
+
+
+def test_hydra_says_nothing_of_its_own_on_the_way(tmp_path):
+    """It warns of launchers and sweepers that bear its own names."""
+    program = Path(sys.executable).with_name("moeprune-footprint")
+    words = [str(program), "model=tiny_qwen3_moe", "ratio=0.5"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "validated against ConfigStore" not in done.stderr

@@ -3,14 +3,16 @@
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from moeprune.report import whole_report
+from moeprune.report.published.results import PublishedExperiment
 from moeprune.report.runs.results import load_runs
-from moeprune.report.whole_report import parts_of, write_whole_report
+from moeprune.report.whole_report import Part, parts_of, write_whole_report
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPERIMENT = "paper/granularity_embedded"
@@ -129,3 +131,13 @@ def test_runs_that_another_one_replaces_are_named(tmp_path, write_run, monkeypat
         (folder / "manifest.json").write_text(json.dumps(manifest))
     write_whole_report([tmp_path], tmp_path, silent())
     assert "same settings and seed was written later: 0." in (tmp_path / "report.md").read_text()
+
+
+def test_experiments_of_like_names_draw_into_folders_of_their_own():
+    def slug(name):
+        return Part(name, PublishedExperiment("", "", ()), (), (), (), ()).slug
+
+    names = ["", "runs", "mine/a", "mine_a", "mine a", "paper/main_table", "50% #2"]
+    assert len({slug(name) for name in names}) == len(names)
+    assert slug("paper/main_table") == "paper_main_table" and slug("") == "runs"
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+", slug(name)) for name in names)

@@ -1,5 +1,8 @@
 """Published tables beside ours."""
 
+import json
+import math
+
 import pytest
 
 from moeprune.report.published.join import joined, printed_rows
@@ -129,3 +132,14 @@ def test_storage_is_compared_in_the_unit_that_the_printed_number_has(tmp_path, w
     )
     assert cells(table, "storage\npublished")[place].text == "20.88 GiB"
     assert cells(table, "ours,\ncounted alike")[place].text.endswith(" GiB")
+
+
+def test_a_perplexity_that_is_not_a_number_counts_as_worst_in_the_order(tmp_path, write_run):
+    for number, method in enumerate(["moe_slimming", "mone", "he_layerwise"]):
+        folder = write_run(tmp_path / str(number), method=method, ratio=0.375, quantizer="none", harm=1.0 + number)
+        if method == "moe_slimming":  # the best in print
+            metrics = json.loads((folder / "metrics.json").read_text())
+            metrics["variants"][-1]["mean_perplexity"] = math.nan
+            (folder / "metrics.json").write_text(json.dumps(metrics))
+    order = order_table(["Tab. R11"], rows_of(load_sweep(tmp_path)))
+    assert order.columns[2].cells[0].text == "1 of 3"  # only that MoNE is before He et al.

@@ -7,6 +7,7 @@ import pytest
 
 from moeprune.errors import InputError
 from moeprune.report.runs.results import RunError, load_run, load_runs, load_sweep
+from moeprune.report.runs.settings import configured
 from moeprune.report.runs.variants import Speed, TaskScore
 
 
@@ -186,3 +187,26 @@ def test_of_a_run_without_results_what_was_composed_for_it_is_read(tmp_path, wri
     assert run.state == "failed: BudgetError: too much"
     (run_dir / ".hydra" / "hydra.yaml").write_text("hydra: [")
     assert load_run(run_dir).asked == {"ratio": "0.9", "seed": "3"}
+
+
+def test_a_manifest_of_something_else_is_damaged(tmp_path, write_run):
+    folder = write_run(tmp_path / "0")
+    (folder / "manifest.json").write_text("[]")
+    with pytest.raises(InputError, match=r"manifest\.json is damaged: it holds no object"):
+        load_run(folder)
+
+
+def test_a_task_list_that_is_null_is_told(tmp_path, write_run):
+    folder = write_run(tmp_path / "0")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["variants"][0]["tasks"] = None
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(InputError, match=r"metrics\.json does not have the expected entries"):
+        load_run(folder)
+
+
+def test_a_damaged_config_is_told_when_a_setting_is_looked_up_in_it(tmp_path, write_run):
+    folder = write_run(tmp_path / "0")
+    (folder / "config.yaml").write_text("allocator: {smoothing: [")
+    with pytest.raises(InputError, match=r"config\.yaml is damaged"):
+        configured(load_run(folder), "allocator.smoothing")
