@@ -7,6 +7,7 @@ import os
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import matplotlib
 import pytest
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
@@ -35,6 +37,11 @@ TINY_MODELS = ("qwen3_renormalised", "qwen3_plain_gates", "deepseek_v2")
 ModelBuilder = Callable[[str, torch.dtype], PreTrainedModel]
 
 torch.set_num_threads(1)
+
+# Tests kill copies of their process. tqdm's own lock is one for all copies, and whoever is killed with it leaves it
+# locked for good; nor may its thread hold this one at the moment of copying.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 
 
 def qwen3_config(*, renormalise: bool) -> PreTrainedConfig:
