@@ -167,6 +167,8 @@ def tiny_checkpoint_config(tmp_path, build_model) -> Path:
         (["file=no_such_folder/table.md"], "no_such_folder is no folder of yours"),
         (["quantizer=nf4", "quantizer.block_size=100"], "block_size=100 is not possible"),
         (["file=a.md,b.md"], "One table has one file"),
+        (["model=glob(*)"], "model=glob(*) does not name its values"),
+        (["ratio=interval(0,1)"], "ratio=interval(0,1) does not name its values"),
     ],
 )
 def test_a_wrong_command_is_one_message(command, words, said):

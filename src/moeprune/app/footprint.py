@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, ValueType
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, ValidationError
 
@@ -74,11 +75,20 @@ def _points(words: Sequence[str]) -> Iterator[list[str]]:
     choices = []
     for word, override in zip(words, OverridesParser.create().parse_overrides(list(words)), strict=True):
         key = word.split("=", 1)[0]
-        values = list(override.sweep_string_iterator()) if override.is_sweep_override() else []
+        values = _values(word, override)
         if values and key in ONE_PER_TABLE:
             raise InputError(f"One table has one {key}, not {', '.join(values)}.", change="Give one value.")
         choices.append([f"{key}={value}" for value in values] or [word])
     yield from (list(point) for point in itertools.product(*choices))
+
+
+def _values(word: str, override: Override) -> list[str]:
+    """Of several; none where there is one. Raises InputError where they cannot be counted."""
+    if not override.is_sweep_override():
+        return []
+    if override.value_type is ValueType.GLOB_CHOICE_SWEEP or not override.is_discrete_sweep():
+        raise InputError(f"{word} does not name its values.", change="Write them with commas between: ratio=0,0.5")
+    return list(override.sweep_string_iterator())
 
 
 def _checked(config: DictConfig) -> DictConfig:
