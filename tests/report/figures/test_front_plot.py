@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import combinations
 
 import pytest
+from words import cut_off
 
 from moeprune.errors import InputError
 from moeprune.report.figures.front_plot import front_figure
@@ -41,6 +42,13 @@ def test_one_panel_per_model_and_one_label_per_ratio_and_quantizer(figure):
     assert legend == [
         "moe_slimming", "reap", "random", "dense", "same ratio and quantizer", "Pareto front (bold labels)",
     ]  # fmt: skip
+
+
+def test_no_words_are_cut_off_at_an_edge(points, figure):
+    assert cut_off(figure) == []
+    ours = [point for point in points if point.model == "tiny_qwen3_moe" and point.method == "moe_slimming"]
+    many = [replace(point, method=f"moe_slimming_in_its_variant_{number}") for number in range(15) for point in ours]
+    assert cut_off(front_figure(many)) == []
 
 
 def test_sizes_on_the_front_are_bold(figure):

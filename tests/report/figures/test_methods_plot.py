@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 
 import pytest
+from words import cut_off
 
 from moeprune.errors import InputError
 from moeprune.report.figures.methods_plot import crowded_sizes, methods_figure
@@ -34,6 +35,14 @@ def test_a_size_with_many_runs_has_a_panel_and_its_methods_are_sorted(points):
     ]
     assert [text.get_text() for text in panel.texts][:2] == ["1.300", "1.560"]
     assert panel.yaxis_inverted()
+
+
+def test_no_words_are_cut_off_at_an_edge(points):
+    long = [replace(point, method=f"{point.method}_by_a_long_name", whole_experts=True) for point in points[:7]]
+    figure = methods_figure([*long, *(replace(point, ratio=0.25) for point in long)])
+    assert len(figure.axes) == 2
+    assert cut_off(figure) == []
+    assert "squares: whole experts" in figure.get_supxlabel()
 
 
 def test_few_runs_need_no_such_figure(points):

@@ -4,6 +4,7 @@ import json
 from itertools import combinations, product
 
 import pytest
+from words import cut_off
 
 from moeprune.errors import InputError
 from moeprune.report.figures.pareto_plot import pareto_figure, plot_pareto
@@ -37,6 +38,10 @@ def test_a_panel_per_model_and_a_label_per_point(grids):
     title = figure.legends[0].get_title().get_text()
     assert "Calibration mixed, recovery none, seed 0." in title
     assert "Arrows: above 3 times dense." in title  # 2 bits, at 20 times dense
+
+
+def test_no_words_are_cut_off_at_an_edge(grids):
+    assert cut_off(pareto_figure(grids)) == cut_off(pareto_figure(grids[:1])) == []
 
 
 def test_labels_keep_off_each_other_and_inside(grids):

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from words import cut_off
 
 from moeprune.errors import InputError
 from moeprune.report.figures.points import Compressed
@@ -32,7 +33,7 @@ def points():
 
 def test_a_panel_per_model_and_quantizer_with_a_line_per_method(points):
     other = [replace(each, model="tiny_deepseek_v2") for each in points if each.quantizer == "none"]
-    figure = ratio_curves_figure([*points, *other], PERPLEXITY)
+    figure = ratio_curves_figure([*sorted(points, key=lambda each: each.quantizer), *other], PERPLEXITY)
     assert [panel.get_title() for panel in figure.axes[:3]] == [
         "tiny_qwen3_moe", "tiny_qwen3_moe, nf4", "tiny_deepseek_v2",
     ]  # fmt: skip
@@ -79,3 +80,13 @@ def test_of_more_quantizers_than_methods_each_has_a_line(points):
     (panel,) = figure.axes
     assert panel.get_title() == "tiny_qwen3_moe, moe_slimming"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["not quantised", "nf4"]
+
+
+def test_the_legend_of_many_methods_has_as_many_columns_as_fit(points):
+    many = [replace(each, method=f"{each.method}_number_{number}") for number in range(8) for each in points]
+    for shown in (many, [each for each in many if each.quantizer == "none"]):
+        figure = ratio_curves_figure(shown, PERPLEXITY)
+        assert cut_off(figure) == []
+        assert len(figure.legends[0].get_texts()) == 16
+        panel = figure.axes[0].get_window_extent()
+        assert panel.height > 0.7 * panel.width  # the legend takes its room from none of them

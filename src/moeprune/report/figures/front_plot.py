@@ -19,6 +19,7 @@ from moeprune.report.figures.style import (
     FRONT_LOOK,
     JOIN_COLOUR,
     Look,
+    draw_legend,
     draw_title,
     looks_of,
     panels_for,
@@ -39,15 +40,13 @@ def front_figure(points: Sequence[Compressed]) -> Figure:
         raise InputError("There is nothing to plot: no run ended with a finite perplexity.")
     looks = looks_of(point.method for point in points)
     models = list(dict.fromkeys(point.model for point in points if point.is_drawn))
-    columns = 3 * min(len(models), PANELS_PER_ROW)
-    legend = 0.5 + 0.2 * -(-(len(looks) + 3) // columns)
-    figure, panels = panels_for(len(models), PANELS_PER_ROW, 6.4, 4.6, legend)
+    figure, panels = panels_for(len(models), PANELS_PER_ROW, 6.4, 4.6, 0.5)
     drawn = {
         panel: _draw_panel(panel, [point for point in points if point.model == model], looks)
         for panel, model in zip(panels, models, strict=True)
     }
     draw_title(figure, "Perplexity against size after compression")
-    _draw_legend(figure, looks, columns)
+    _draw_legend(figure, looks, 3 * min(len(models), PANELS_PER_ROW))
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for panel, (groups, best, others) in drawn.items():
@@ -115,12 +114,6 @@ def _draw_legend(figure: Figure, looks: Mapping[str, Look], columns: int) -> Non
     dense = Line2D([], [], label="dense", marker="*", markersize=12, color=DENSE_COLOUR, linestyle="")
     joined = Line2D([], [], label="same ratio and quantizer", color=JOIN_COLOUR, linewidth=1.2)
     best = Line2D([], [], label="Pareto front (bold labels)", color=FRONT_COLOUR, **FRONT_LOOK)
-    figure.legend(
-        handles=[*methods, dense, *([joined] if len(methods) > 1 else []), best],
-        loc="outside lower center",
-        ncols=columns,
-        frameon=False,
-        fontsize=9.5,
-        title="Labels: routed-expert channels removed, and quantizer. Both axes are logarithmic.",
-        title_fontsize=9,
-    )
+    handles = [*methods, dense, *([joined] if len(methods) > 1 else []), best]
+    title = "Labels: routed-expert channels removed, and quantizer. Both axes are logarithmic."
+    draw_legend(figure, handles, columns, title=title)

@@ -48,7 +48,10 @@ def methods_figure(points: Sequence[Compressed]) -> Figure:
     figure, panels = panels_for(len(sizes), PANELS_PER_ROW, 7, height, 0.4)
     for panel, (size, lines) in zip(panels, sizes.items(), strict=True):
         _draw_panel(panel, size, lines)
-    recovered = any(point.recovery_seconds is not None for lines in sizes.values() for point in lines)
+    drawn = [point for lines in sizes.values() for point in lines]
+    marks = "; squares: whole experts" if any(point.whole_experts for point in drawn) else ""
+    figure.supxlabel(f"mean perplexity / dense (logarithmic; dashed: dense{marks})", fontsize=10)
+    recovered = any(point.recovery_seconds is not None for point in drawn)
     draw_title(figure, "Recoveries by perplexity (seconds of training)" if recovered else "Methods by perplexity")
     return figure
 
@@ -70,8 +73,6 @@ def _draw_panel(panel: Axes, size: str, points: Sequence[Compressed]) -> None:
     panel.set_yticks(range(len(points)), [_name(point) for point in points], fontsize=9)
     panel.set_ylim(len(points) - 0.4, -0.6)
     panel.set_title(size, fontsize=11)
-    marks = "; squares: whole experts" if any(point.whole_experts for point in points) else ""
-    panel.set_xlabel(f"mean perplexity / dense (logarithmic; dashed: dense{marks})")
 
 
 def _draw_line(panel: Axes, place: int, point: Compressed, colour: str) -> None:

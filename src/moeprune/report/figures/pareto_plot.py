@@ -19,6 +19,7 @@ from moeprune.report.figures.style import (
     FRONT_COLOUR,
     FRONT_LOOK,
     Look,
+    draw_legend,
     draw_title,
     looks_of,
     panels_for,
@@ -48,7 +49,7 @@ def pareto_figure(grids: Sequence[Grid]) -> Figure:
     """A panel per grid. Raises InputError when there is none."""
     if not grids:
         raise InputError("There is nothing to plot: no runs fill a grid of ratios and quantizers.")
-    figure, panels = panels_for(len(grids), PANELS_PER_ROW, 6.6, 5.0, 0.9)
+    figure, panels = panels_for(len(grids), PANELS_PER_ROW, 6.6, 5.0, 0.7)
     looks = looks_of(name for grid in grids for name in grid.quantizers)
     drawn = {panel: _draw_panel(panel, grid, looks) for panel, grid in zip(panels, grids, strict=True)}
     draw_title(figure, "Pruning and quantisation: perplexity against bytes")
@@ -117,15 +118,8 @@ def _draw_legend(figure: Figure, grids: Sequence[Grid], looks: Mapping[str, Look
         lines.append(Line2D([], [], label=text, color=look.colour, marker=look.marker, markersize=5, linewidth=1.3))
     dense = Line2D([], [], label="dense", marker="*", markersize=12, color=DENSE_COLOUR, linestyle="")
     front = Line2D([], [], label="Pareto front (bold labels)", color=FRONT_COLOUR, **FRONT_LOOK)
-    figure.legend(
-        handles=[*lines, dense, front],
-        loc="outside lower center",
-        ncols=4 * min(len(grids), PANELS_PER_ROW),
-        frameon=False,
-        fontsize=9.5,
-        title=f"Labels: routed-expert channels removed. {_conditions(grids)}{_arrows(grids)} Axes: logarithmic.",
-        title_fontsize=9,
-    )
+    title = f"Labels: routed-expert channels removed. {_conditions(grids)}{_arrows(grids)} Axes: logarithmic."
+    draw_legend(figure, [*lines, dense, front], 4 * min(len(grids), PANELS_PER_ROW), title=title)
 
 
 def _conditions(grids: Sequence[Grid]) -> str:

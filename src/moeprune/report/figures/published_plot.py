@@ -10,7 +10,15 @@ from matplotlib.lines import Line2D
 
 from moeprune.errors import InputError
 from moeprune.report.figures.points import bar_length
-from moeprune.report.figures.style import COLOURS, DENSE_COLOUR, JOIN_COLOUR, draw_title, panels_for, quiet_axes
+from moeprune.report.figures.style import (
+    COLOURS,
+    DENSE_COLOUR,
+    JOIN_COLOUR,
+    draw_legend,
+    draw_title,
+    panels_for,
+    quiet_axes,
+)
 from moeprune.report.published.join import joined
 from moeprune.report.published.results import PublishedResult, published_results
 from moeprune.report.runs.measures import average_accuracy
@@ -57,7 +65,7 @@ def published_figure(pairs: Sequence[Pair]) -> Figure:
     for pair in pairs:
         panels_of.setdefault(pair.model, []).append(pair)
     height = HEAD_HEIGHT + LINE_HEIGHT * max(map(len, panels_of.values()))
-    figure, panels = panels_for(len(panels_of), PANELS_PER_ROW, 7.0, height, 0.7)
+    figure, panels = panels_for(len(panels_of), PANELS_PER_ROW, 7.0, height, 0.5)
     for panel, (model, of_model) in zip(panels, panels_of.items(), strict=True):
         _draw_panel(panel, model, of_model)
     draw_title(figure, "Average accuracy: published and measured here")
@@ -66,10 +74,8 @@ def published_figure(pairs: Sequence[Pair]) -> Figure:
         Line2D([], [], label="published", color=DENSE_COLOUR, marker="D", markerfacecolor="white", **look),
         Line2D([], [], label="measured here", color=COLOURS[0], marker="o", **look),
     ]
-    noted = f"{SUSPECT}: a printed row that is doubtful" if any(pair.is_suspect for pair in pairs) else None
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9.5, title=noted, title_fontsize=9
-    )
+    noted = f"{SUSPECT}: a printed row that is doubtful" if any(pair.is_suspect for pair in pairs) else ""
+    draw_legend(figure, handles, 2, title=noted)
     return figure
 
 

@@ -16,6 +16,7 @@ from moeprune.report.figures.style import (
     DENSE_LINE_COLOUR,
     TEXT_COLOUR,
     Look,
+    draw_legend,
     draw_title,
     looks_of,
     panels_for,
@@ -72,10 +73,11 @@ def ratio_curves_figure(points: Sequence[Compressed], curves: Curves) -> Figure:
     lines = {name: [point for point in measured if of_line(point) == name] for name in every_look}
     lines = {name: found for name, found in lines.items() if found}
     panels_of = list(dict.fromkeys((point.model, of_panel(point)) for point in measured))
+    models = [model for model, _ in panels_of]
+    panels_of.sort(key=lambda panel: (models.index(panel[0]), panel[1] != "none"))
     in_a_row = len({name for _, name in panels_of})  # a row per model where that fits
     across = in_a_row if 1 < in_a_row <= MOST_ACROSS else MOST_ACROSS
-    columns = min(3 * min(len(panels_of), across), len(lines))
-    figure, panels = panels_for(len(panels_of), across, 4.8, 3.7, 1.0 + 0.2 * -(-len(lines) // columns))
+    figure, panels = panels_for(len(panels_of), across, 4.8, 3.7, 0.8)
     for panel, (model, name) in zip(panels, panels_of, strict=True):
         here = {
             line: [point for point in found if (point.model, of_panel(point)) == (model, name)]
@@ -85,7 +87,7 @@ def ratio_curves_figure(points: Sequence[Compressed], curves: Curves) -> Figure:
         _set_height(panel, [point for point in measured if point.model == model], curves)
         panel.set_title(model if name == "none" else f"{model}, {name}", fontsize=11)
     draw_title(figure, curves.title)
-    _draw_legend(figure, lines, every_look, columns)
+    _draw_legend(figure, lines, every_look, 3 * min(len(panels_of), across))
     return figure
 
 
@@ -158,10 +160,7 @@ def _draw_legend(figure: Figure, lines: Lines, looks: Mapping[str, Look], column
         whole_experts |= removes_experts
     kinds = ["Solid, filled: channels removed. Dashed, hollow: whole experts."] if whole_experts else []
     bars = [f"Bars: one standard deviation over {_range(counts)} seeds."] if max(counts) > 1 else []
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9.5,
-        title="\n".join(kinds + bars), title_fontsize=9, labelcolor=TEXT_COLOUR, handlelength=3,
-    )  # fmt: skip
+    draw_legend(figure, handles, min(columns, len(handles)), title="\n".join(kinds + bars), handlelength=3)
 
 
 def _range(counts: set[int]) -> str:

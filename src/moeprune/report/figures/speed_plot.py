@@ -9,7 +9,15 @@ from matplotlib.lines import Line2D
 
 from moeprune.errors import InputError
 from moeprune.report.figures.points import Compressed, bar_length
-from moeprune.report.figures.style import COLOURS, DENSE_LINE_COLOUR, JOIN_COLOUR, draw_title, panels_for, quiet_axes
+from moeprune.report.figures.style import (
+    COLOURS,
+    DENSE_LINE_COLOUR,
+    JOIN_COLOUR,
+    draw_legend,
+    draw_title,
+    panels_for,
+    quiet_axes,
+)
 from moeprune.report.runs.seeds import Spread
 
 PANELS_PER_ROW = 2
@@ -31,12 +39,12 @@ def speed_figure(points: Sequence[Compressed]) -> Figure:
     models = list(dict.fromkeys(point.model for point in measured))
     panels_of = {model: [point for point in measured if point.model == model] for model in models}
     height = HEAD_HEIGHT + LINE_HEIGHT * max(map(len, panels_of.values()))
-    figure, panels = panels_for(len(models), PANELS_PER_ROW, 7.0, height, 0.7)
+    figure, panels = panels_for(len(models), PANELS_PER_ROW, 7.0, height, 0.5)
     for panel, (model, of_model) in zip(panels, panels_of.items(), strict=True):
         _draw_panel(panel, model, of_model)
     draw_title(figure, "Speed beside dense")
     handles = [Line2D([], [], linestyle="", markersize=6, **look) for look in (PREFILL, DECODE)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9.5)
+    draw_legend(figure, handles, 2)
     return figure
 
 

@@ -5,9 +5,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -25,6 +27,7 @@ FRONT_LOOK: dict[str, Any] = {"linewidth": 7.0, "solid_capstyle": "round", "soli
 DOTS_PER_INCH = 150
 DECADE_STEPS = ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 3), (1,))
 MOST_TICKS = 8
+LEGEND_LINE_HEIGHT, LEGEND_LETTERS_PER_INCH = 0.2, 13
 
 
 def empty_figure(width: float, height: float) -> Figure:
@@ -61,6 +64,24 @@ def panels_for(count: int, most_across: int, width: float, height: float, head: 
 
 def draw_title(figure: Figure, title: str) -> None:
     figure.suptitle(title, fontsize=13, fontweight="bold")
+
+
+def draw_legend(figure: Figure, handles: Sequence[Artist], columns: int, title: str = "", **settings: Any) -> None:
+    """Below the panels, under lines of text, in at most ``columns`` columns and no more than fit; the figure grows by
+    its lines, but for one of the text."""
+    width = int(LEGEND_LETTERS_PER_INCH * figure.get_figwidth())
+    lines = [part for line in title.splitlines() for part in wrap(line, width)]
+    while True:
+        legend = figure.legend(
+            handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9.5,
+            title="\n".join(lines) or None, title_fontsize=9, labelcolor=TEXT_COLOUR, **settings,
+        )  # fmt: skip
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
+        columns -= 1
+    added = math.ceil(len(handles) / columns) + max(0, len(lines) - 1)
+    figure.set_figheight(figure.get_figheight() + LEGEND_LINE_HEIGHT * added)
 
 
 def quiet_axes(panel: Axes) -> None:
