@@ -69,6 +69,16 @@ def test_figures_are_drawn_and_linked(sweep):
     assert "includegraphics" in (sweep / "there" / "report.tex").read_text()
 
 
+def test_the_plan_that_is_drawn_of_a_model_is_one_that_removed_something(tmp_path, write_run, made_up_diagnostics):
+    for number, ratio in enumerate((0, 0.5)):
+        folder = write_run(tmp_path / str(number), ratio=ratio)
+        (folder / "diagnostics.json").write_text(json.dumps(made_up_diagnostics))
+    write_whole_report([tmp_path], tmp_path / "there", silent())
+    text = (tmp_path / "there" / "report.md").read_text()
+    assert "Run 1: moe_slimming at ratio 0.5." in text
+    assert "Run 0:" not in text
+
+
 def test_the_csv_is_tidy_and_traceable(sweep, monkeypatch):
     monkeypatch.setattr(whole_report, "_figures", lambda *_: ())
     write_whole_report([sweep], sweep, silent())

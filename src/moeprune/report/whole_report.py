@@ -178,9 +178,14 @@ def _figures(part: Part, grids: Sequence[Grid], into: Path) -> tuple[Figure, ...
         *grid_figures(grids, folder),
         *published_figures(part.about.tables, part.rows, folder),
     )
-    of_model = {row.model: row.runs[0] for row in reversed(part.rows) if row.runs and not row.is_dense}
-    shown = [run for _, run in sorted(of_model.items())]
-    return (*drawn, *(figure for run in shown for figure in diagnostics_figures(run, folder)))
+    return (*drawn, *(figure for run in _drawn_runs(part.rows) for figure in diagnostics_figures(run, folder)))
+
+
+def _drawn_runs(rows: Sequence[Row]) -> list[Run]:
+    """Of each model one run, of the first row that removed something where there is one."""
+    measured = [row for row in reversed(rows) if row.runs and not row.is_dense]
+    of_model = {row.model: row.runs[0] for row in sorted(measured, key=lambda row: (row.ratio or 0) > 0)}
+    return [run for _, run in sorted(of_model.items())]
 
 
 def _print(section: Section, console: Console) -> None:
