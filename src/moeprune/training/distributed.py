@@ -4,13 +4,9 @@ import os
 import pickle
 import socket
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.plugins import MixedPrecision, Precision
-from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
-from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -18,6 +14,9 @@ from moeprune.errors import InputError
 from moeprune.models.adapter import decoder_layers
 from moeprune.training.processes import Order
 from moeprune.training.tasks import current_crew, require_as_many_tasks, work_together
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 
 def launch(function: Callable[..., None], arguments: Sequence[Any], devices: int) -> None:
@@ -57,7 +56,9 @@ def _call(function: Callable[..., None], arguments: Sequence[Any], threads: int,
         distributed.destroy_process_group()
 
 
-def fabric_for(device: torch.device, *, devices: int = 1, strategy: str = "auto", precision: str = "32-true") -> Fabric:
+def fabric_for(
+    device: torch.device, *, devices: int = 1, strategy: str = "auto", precision: str = "32-true"
+) -> "Fabric":
     """Lightning's view of the devices; several want the processes of `launch`, one is ``device`` itself.
 
     A SLURM job's variables are not read: `launch` has said what counts, and signals stay with who started the job.
@@ -68,13 +69,21 @@ def fabric_for(device: torch.device, *, devices: int = 1, strategy: str = "auto"
     """
     if (precision, strategy) == ("16-mixed", "fsdp"):
         raise InputError("precision=16-mixed does not work with strategy=fsdp.", change="Use precision=bf16-mixed.")
+    # Imported here: it takes a second or two, which runs that train nothing should not wait for.
+    from lightning.fabric import Fabric
+    from lightning.fabric.plugins import MixedPrecision, Precision
+    from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+    from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+
     plugin: Precision = Precision()
     if precision.endswith("-mixed"):
         plugin = MixedPrecision(precision, device.type)  # type: ignore[arg-type]
     if devices == 1:
         single = SingleDeviceStrategy(device)
         return Fabric(accelerator=device.type, strategy=single, plugins=[plugin, LightningEnvironment()])
-    spread = ModelParallelStrategy(_shard, devices, 1) if strategy == "fsdp" else _data_parallel()
+    # Experts without a token on one device have no gradient there; frozen weights and buffers need no sending.
+    ddp = DDPStrategy(find_unused_parameters=True, init_sync=False, forward_sync_buffers=False)
+    spread = ModelParallelStrategy(_shard, devices, 1) if strategy == "fsdp" else ddp
     # Each process is a host of one device, as what it sees.
     environment = TorchElasticEnvironment()
     fabric = Fabric(
@@ -82,11 +91,6 @@ def fabric_for(device: torch.device, *, devices: int = 1, strategy: str = "auto"
     )
     fabric.launch()
     return fabric
-
-
-def _data_parallel() -> DDPStrategy:
-    """Experts without a token on one device have no gradient there; frozen weights and buffers need no sending."""
-    return DDPStrategy(find_unused_parameters=True, init_sync=False, forward_sync_buffers=False)
 
 
 def _shard(model: nn.Module, mesh: Any) -> Any:
@@ -110,7 +114,7 @@ def _touch_all_that_trains(layer: nn.Module, _inputs: Any, output: Any) -> Any:
     return (output[0] + zero, *output[1:])
 
 
-def broadcast_from_first(parameters: Sequence[Tensor], fabric: Fabric) -> None:
+def broadcast_from_first(parameters: Sequence[Tensor], fabric: "Fabric") -> None:
     """Give all processes the values that the first one has."""
     if fabric.world_size == 1:
         return

@@ -4,15 +4,17 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moeprune.errors import InputError
 from moeprune.training.distributed import broadcast_from_first
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def require_rate(name: str, rate: float) -> None:
 class Learner:
     """A model on its devices, and the parameters of it that train, by name, in the optimizer's order."""
 
-    fabric: Fabric
+    fabric: "Fabric"
     module: Any
     optimizer: Any
     parameters: Mapping[str, nn.Parameter]
@@ -80,7 +82,7 @@ class Learner:
 
 
 def learner_for(
-    model: nn.Module, groups: Sequence[ParameterGroup], fabric: Fabric, *, betas: tuple[float, float]
+    model: nn.Module, groups: Sequence[ParameterGroup], fabric: "Fabric", *, betas: tuple[float, float]
 ) -> Learner:
     """The model with AdamW for the groups' parameters; all others stop to train (``requires_grad`` is off).
 
