@@ -27,7 +27,7 @@ FRONT_LOOK: dict[str, Any] = {"linewidth": 7.0, "solid_capstyle": "round", "soli
 DOTS_PER_INCH = 150
 DECADE_STEPS = ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 3), (1,))
 MOST_TICKS = 8
-LEGEND_LINE_HEIGHT, LEGEND_LETTERS_PER_INCH = 0.2, 13
+LEGEND_LINE_HEIGHT, LEGEND_LETTERS_PER_INCH = 0.2, 15
 
 
 def empty_figure(width: float, height: float) -> Figure:
