@@ -159,4 +159,4 @@ def test_models_of_other_numbers_of_experts_per_token_are_no_entrants_of_one_siz
         (folder / "metrics.json").write_text(json.dumps({**metrics, "experts_per_token": experts}))
     lines = takeaway(load_sweep(tmp_path)).splitlines()
     assert len(lines) == 3 and all("is the only run" in line for line in lines)
-    assert "with 2 experts per token" in lines[1]
+    assert "with 2 experts per token" in lines[1] and "with 1 expert per token" in lines[2]

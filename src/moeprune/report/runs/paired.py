@@ -9,7 +9,7 @@ from scipy import stats
 
 from moeprune.report.runs.seeds import Row, Spread, spread
 from moeprune.report.runs.settings import setting_text
-from moeprune.report.tables.formats import MISSING
+from moeprune.report.tables.formats import MISSING, experts_text
 from moeprune.report.tables.run_tables import column_of
 from moeprune.report.tables.seed_table import runs_of
 from moeprune.report.tables.table import ROW_NAME, Cell, Column, Table
@@ -151,7 +151,7 @@ def paired_sentences(comparisons: Sequence[Comparison]) -> list[str]:
         row = found[0].ours
         if any(one.adjusted is not None for one in found):
             quantized = "" if row.quantizer == "none" else f" with {row.quantizer}"
-            experts = f", {row.experts_per_token} experts per token," if row.experts_per_token else ""
+            experts = f", {experts_text(row.experts_per_token)}," if row.experts_per_token else ""
             ratios.setdefault((f"{row.model}{experts}", quantized, _verdict(found)), []).append(f"{row.ratio:g}")
     return [
         f"{model} at ratio{'s' * (len(at) > 1)} {', '.join(at)}{quantized}: {verdict}"

@@ -71,3 +71,8 @@ def counts_text(counts: Iterable[Mapping[str, int]]) -> str:
         low, high = min(seen), max(seen)
         texts.append(f"{name} {low}" if low == high else f"{name} {low} to {high}")
     return ", ".join(texts)
+
+
+def experts_text(per_token: int) -> str:
+    """How many experts each token is sent to."""
+    return f"{per_token} {'expert' if per_token == 1 else 'experts'} per token"

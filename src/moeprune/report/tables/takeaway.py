@@ -8,7 +8,7 @@ from moeprune.report.runs.grid import Grid, GridPoint
 from moeprune.report.runs.measures import MEAN_PERPLEXITY
 from moeprune.report.runs.results import Metrics, Run
 from moeprune.report.runs.seeds import Rivals, Row, rows_of
-from moeprune.report.tables.formats import byte_unit, perplexity_text, ratio_text
+from moeprune.report.tables.formats import byte_unit, experts_text, perplexity_text, ratio_text
 from moeprune.report.tables.grid_tables import grid_takeaway
 
 MANY_RIVALS = 6
@@ -134,7 +134,7 @@ def _alike(groups: Sequence[list[Entrant]]) -> list[list[list[Entrant]]]:
 def _settings_takeaway(groups: Sequence[list[Entrant]]) -> str:
     metrics = groups[0][0].metrics
     quantized = "without quantizer" if metrics.quantizer == "none" else f"with quantizer {metrics.quantizer}"
-    experts = f" with {metrics.experts_per_token} experts per token" if metrics.experts_per_token else ""
+    experts = f" with {experts_text(metrics.experts_per_token)}" if metrics.experts_per_token else ""
     if len(groups) == 1:
         return _compared(groups[0], f"{metrics.model}{experts} at ratio {metrics.ratio:g} {quantized}")
     ratios = _listed(f"{rivals[0].metrics.ratio:g}" for rivals in groups)
