@@ -1,4 +1,8 @@
-"""A checkpoint that is larger than the memory it may take is compressed within it, measured as peak resident memory."""
+"""A checkpoint that is larger than the memory it may take is compressed within it.
+
+Measured is the most anonymous memory that was seen, every few milliseconds: the kernel's own mark of the resident peak
+also counts mapped files, and lacks what was reclaimed of them meanwhile.
+"""
 
 import json
 import subprocess
@@ -14,7 +18,7 @@ MIB = 2**20
 ALLOWANCE = 60 * MIB
 
 PROGRAM = """
-import json, sys, torch
+import json, sys, threading, time, torch
 from pathlib import Path
 from moeprune.allocation.coverage import CoverageAllocator
 from moeprune.calibration.sample import Calibration
@@ -31,9 +35,14 @@ from moeprune.surgery.refit import Refit
 torch.set_num_threads(1)
 folder, cache, text, streaming = sys.argv[1:]
 
-def resident(name):
+def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+def watch():
+    while True:
+        seen.append(anonymous())
+        time.sleep(0.003)
 
 texts = TextFiles({"text": text})
 limits = {"streaming": streaming, "activations_gib": 0.0}
@@ -48,11 +57,11 @@ experiment = Experiment(
     surgery=Refit(),
     quantizer=NF4Quantizer(),
 )
-Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, without that of the imports
-before = resident("VmRSS")
+before, seen = anonymous(), []  # without what the imports took
+threading.Thread(target=watch, daemon=True).start()
 result = run(experiment, StageCache(Path(cache)))
 loaded = [name for name in ("lightning", "lm_eval", "datasets", "matplotlib") if name in sys.modules]
-peak, perplexity = resident("VmHWM") - before, result.variants["pruned+nf4"]["mean_perplexity"]
+peak, perplexity = max(seen) - before, result.variants["pruned+nf4"]["mean_perplexity"]
 print(json.dumps({"peak": peak, "perplexity": perplexity, "loaded": loaded}))
 """
 
@@ -82,14 +91,13 @@ def compressed(large, tmp_path, streaming: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for the peak")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for its memory")
 def test_a_checkpoint_larger_than_the_memory_allowed_is_compressed_within_it(large, tmp_path):
     size = sum(file.stat().st_size for file in large.glob("*.safetensors"))
     streamed, in_memory = (compressed(large, tmp_path, streaming) for streaming in ("always", "never"))
     allowed = 3 * size / LAYERS + ALLOWANCE
-    # Twice the other's is no bound: kernels that reclaim what was not touched for a while make that one smaller.
-    assert allowed < size
-    assert streamed["peak"] < min(allowed, in_memory["peak"])
+    assert allowed < min(size, in_memory["peak"])
+    assert streamed["peak"] < min(allowed, in_memory["peak"] / 2)
     assert streamed["perplexity"] == in_memory["perplexity"]
     # It neither trains nor asks tasks.
     assert streamed["loaded"] == in_memory["loaded"] == []
