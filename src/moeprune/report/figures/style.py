@@ -67,8 +67,10 @@ def draw_title(figure: Figure, title: str) -> None:
 
 
 def draw_legend(figure: Figure, handles: Sequence[Artist], columns: int, title: str = "", **settings: Any) -> None:
-    """Below the panels, under lines of text, in at most ``columns`` columns and no more than fit; the figure grows by
-    its lines, but for one of the text."""
+    """Below the panels, in at most ``columns`` columns and no more than fit, under a title that wraps.
+
+    The figure grows by the legend's lines, and by those of the title but the first.
+    """
     width = int(LEGEND_LETTERS_PER_INCH * figure.get_figwidth())
     lines = [part for line in title.splitlines() for part in wrap(line, width)]
     while True:
